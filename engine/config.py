@@ -1,0 +1,232 @@
+"""Configuration: frozen dataclasses filled from YAML files and dotted overrides; an unknown key never passes.
+
+Imports no torch, so that `--help` answers at once. Each room keeps the dataclasses of its own section.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+Schema = TypeVar("Schema")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    name: str = "trial"
+    """Folder of the run inside root."""
+    root: str = "runs"
+    """Folder that holds all runs."""
+    seed: int = 0
+    """Seeds weights, data order, augmentation and noise."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes the GPU if there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of matrix products in training; auto means bf16 where the hardware has it."""
+    threads: int = 0
+    """CPU threads per process; 0 means as many as the CPU quota allows."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes share a model: a copy each (DDP) or a shard each (FSDP2)."""
+    compile: bool = False
+    """Compile the networks with torch.compile before training."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files (extra: track)."""
+
+    @property
+    def folder(self) -> Path:
+        """Where everything of this run lies."""
+        return Path(self.root) / self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    source: Literal["digits", "folder", "parquet", "torchvision", "hf", "webdataset"] = "digits"
+    """Where images come from."""
+    path: str | None = None
+    """Training images: a folder, a parquet file or glob, a torchvision root, a tar pattern, a hub data set or its local copy."""
+    test_path: str | None = None
+    """Held-out images, as path; if absent, the source's own test split, else test_fraction is split off."""
+    name: str | None = None
+    """Class in torchvision.datasets, or configuration name of a hub data set."""
+    test_fraction: float = 0.1
+    """Share of the images held out when the source has no test split of its own."""
+    image_column: str | None = None
+    """Column or key of the image; found by itself if absent."""
+    label_column: str | None = None
+    """Column or key of the label; found by itself if absent."""
+    caption_column: str | None = None
+    """Column or key of the caption; none if absent."""
+    size: int = 32
+    """Height and width in pixels after cropping."""
+    crop: Literal["center", "random"] = "center"
+    """Training crop; scores always use the centre crop."""
+    flip: bool = False
+    """Mirror half of the training images."""
+    max_corrupt: int = 20
+    """So many unreadable images are skipped with a warning; one more is an error."""
+    workers: int = 2
+    """Threads that read and decode ahead of the training step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    steps: int = 1000
+    """Optimiser steps in all."""
+    batch_size: int = 64
+    """Samples per optimiser step, over all processes and accumulation parts together."""
+    accumulate: int = 1
+    """Parts into which each process cuts its share of a batch, to save memory."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    final_learning_rate: float = 0.0
+    """Learning rate at the last step (cosine, linear, exponential decay)."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    decay: Literal["constant", "cosine", "linear", "exponential"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    decay_start: int = 0
+    """Step at which the decay begins, if later than the warm-up's end."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices; biases, norms and embeddings have none."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """AdamW's betas."""
+    clip_norm: float = 1.0
+    """Largest gradient norm per network; 0 switches clipping off."""
+    ema: float = 0.999
+    """Decay of the averaged weights, warmed up over the first steps; 0 switches averaging off."""
+    max_bad_steps: int = 5
+    """Stop after so many steps in a row whose loss or gradient is not finite."""
+    log_every: int = 50
+    """Steps between lines of metrics."""
+    preview_every: int = 500
+    """Steps between validations and preview pictures; 0 switches them off."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+    keep_last: int = 2
+    """Newest checkpoints kept."""
+    milestone_every: int = 0
+    """Checkpoints at multiples of this step are kept for ever; 0 keeps none."""
+
+    def __post_init__(self) -> None:
+        positive = ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep_last", "max_bad_steps")
+        for key in positive:
+            if getattr(self, key) < 1:
+                raise ValueError(f"train.{key}={getattr(self, key)} must be at least 1")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"train.ema={self.ema} must lie in [0, 1); 0 switches averaging off")
+
+
+def load(schema: type[Schema], arguments: Sequence[str], *, program: str = "tokenloom") -> Schema:
+    """Build a `schema` from `--config FILE` (repeatable, later files win) and `--dotted.key=value` overrides.
+
+    Raises:
+        ValueError: an unknown key (with the nearest known one), a value of the wrong type, a missing or broken file.
+    """
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=program, exit_on_error=False, description=schema.__doc__)
+    parser.add_argument("--config", action="config", help="YAML file; may be given several times, later ones win")
+    parser.add_class_arguments(schema, None)
+    known = list(dotted_keys(schema))
+    for key, origin in _given_keys(arguments):
+        _check_key(key, origin, known)
+    try:
+        filled = parser.instantiate(parser.parse_args(list(arguments)))
+    except (argparse.ArgumentError, TypeError, ValueError) as error:
+        raise ValueError(_innermost(str(error))) from error
+    return schema(**{field.name: filled[field.name] for field in dataclasses.fields(schema)})  # type: ignore[arg-type]
+
+
+def dotted_keys(schema: type, prefix: str = "") -> Iterator[str]:
+    """Every key of a nested dataclass: sections and leaves, in order."""
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        key = f"{prefix}{field.name}"
+        yield key
+        section = section_type(hints[field.name])
+        if section is not None:
+            yield from dotted_keys(section, f"{key}.")
+
+
+def section_type(hint: Any) -> type | None:
+    """The dataclass inside `Section` or `Section | None`; None for a leaf."""
+    options = typing.get_args(hint) or (hint,)
+    return next((option for option in options if dataclasses.is_dataclass(option)), None)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as plain, JSON-ready values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def to_yaml(config: Any) -> str:
+    """The configuration as YAML text that `load` reads back to an equal object."""
+    import yaml
+
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, each with its old and its new value."""
+    before, after = dict(_flatten(old)), dict(_flatten(new))
+    keys = sorted(before.keys() | after.keys())
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
+
+
+def _given_keys(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Every dotted key that a user wrote, with where: the command line or a file."""
+    for position, argument in enumerate(arguments):
+        if not argument.startswith("--"):
+            continue
+        key, _, value = argument[2:].partition("=")
+        if key == "config":
+            path = value or (arguments[position + 1] if position + 1 < len(arguments) else "")
+            yield from ((inner, path) for inner in _file_keys(path))
+        elif key not in ("help", "print_config"):
+            yield key, "the command line"
+
+
+def _file_keys(path: str) -> Iterator[str]:
+    import yaml
+
+    if not Path(path).is_file():
+        raise ValueError(f"--config {path}: no such file (working folder: {Path.cwd()})")
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path}: not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path}: expected sections such as `run:` and `data:`, found {type(content).__name__}")
+    for key, _ in _flatten(content):
+        yield key
+
+
+def _check_key(key: str, origin: str, known: list[str]) -> None:
+    if key in known:
+        return
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    hint = f"did you mean {close[0]!r}?" if close else "`--print_config` lists every key"
+    raise ValueError(f"unknown key {key!r} in {origin}: {hint}")
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _innermost(message: str) -> str:
+    """jsonargparse nests its report of an optional section; keep the lines that say what was wrong."""
+    noise = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value", "- Problem with given class_path")
+    lines = [line.strip() for line in message.splitlines()]
+    return " ".join(line for line in lines if line and not line.startswith(noise))

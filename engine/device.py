@@ -1,0 +1,165 @@
+"""Where a run computes: device, precision, threads, processes. accelerate starts the processes; FSDP2 is torch's own."""
+
+from __future__ import annotations
+
+import atexit
+import inspect
+import os
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from engine.config import RunConfig
+
+# Tasks keep their buffers equal themselves; torch renamed the switch that copies them before each forward.
+SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
+
+
+class Device:
+    """The device of this process and what it shares with the others."""
+
+    def __init__(self, run: RunConfig) -> None:
+        from accelerate import Accelerator
+
+        if run.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("run.device=cuda, but torch finds no GPU: use run.device=auto or cpu")
+        self.accelerator = Accelerator(cpu=run.device == "cpu" or not torch.cuda.is_available())
+        self.device: torch.device = self.accelerator.device
+        self.rank: int = self.accelerator.process_index
+        self.world: int = self.accelerator.num_processes
+        self.parallel = run.parallel if self.world > 1 else "none"
+        self.precision = choose_precision(run.precision, self.device)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Matrix products in bf16 inside the block, if the run's precision says so."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    def share(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """The module on this device, copied to (DDP) or sharded over (FSDP2) all processes."""
+        module.to(self.device)
+        if self.parallel == "none":
+            return module
+        if self.parallel == "fsdp":
+            return _shard(module, optimizer, self.device)
+        ids = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, **{SYNC_BUFFERS: False})
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over all processes."""
+        return self.sum(value) / self.world
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self.world == 1:
+            return value
+        value = value.detach().clone()
+        torch.distributed.all_reduce(value)
+        return value
+
+    def barrier(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+
+def setup(run: RunConfig) -> Device:
+    """Set threads and determinism for this process, start process communication, choose device and precision."""
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(run.threads or max(1, cpu_quota() // local_world))
+    device = Device(run)
+    if device.world > 1:
+        atexit.register(_leave_group)
+    if device.device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    else:
+        torch.set_float32_matmul_precision("high")
+    return device
+
+
+def cpu_quota() -> int:
+    """CPUs that this process may use: its affinity, cut to the cgroup's quota."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cpus
+    return cpus if quota == "max" else max(1, min(cpus, int(quota) // int(period)))
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bf16 matrices; in software they are slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def choose_precision(wish: str, device: torch.device) -> str:
+    """`fp32` or `bf16`.
+
+    Raises:
+        ValueError: bf16 is asked of hardware that has none.
+    """
+    if wish == "bf16" and not has_bf16(device):
+        raise ValueError(f"run.precision=bf16, but this {device.type} has no bf16 hardware: use auto or fp32")
+    return wish if wish != "auto" else ("bf16" if has_bf16(device) else "fp32")
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module that DDP holds, or the module itself."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def full_state(module: nn.Module) -> dict[str, Tensor]:
+    """A module's whole state on the CPU, under the names it has without DDP, FSDP or compilation (collective)."""
+    return {name: whole(value).contiguous() for name, value in unwrapped(module).state_dict().items()}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A detached copy on the CPU, gathered from all processes if it is sharded (collective)."""
+    gathered = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return gathered.detach().to("cpu", copy=True)
+
+
+def fill(target: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into `target`, or this process's share of it into a shard."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    value = value.to(target.device)
+    if isinstance(target, DTensor):
+        value = distribute_tensor(value, target.device_mesh, target.placements)
+    with torch.no_grad():
+        target.copy_(value)
+
+
+def _leave_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _shard(module: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> nn.Module:
+    """FSDP2: every block of a ModuleList is one unit, the rest another; the optimizer is pointed at the shards."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    before = dict(module.named_parameters())
+    for stack in (child for child in module.modules() if isinstance(child, nn.ModuleList)):
+        for block in stack:
+            fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    shards = {id(before[name]): parameter for name, parameter in module.named_parameters()}
+    for group in optimizer.param_groups:
+        group["params"] = [shards[id(parameter)] for parameter in group["params"]]
+    return module

@@ -1,0 +1,314 @@
+"""The only training loop: any task, resumable to the bit, stopped cleanly by signals, guarded against bad steps.
+
+The loop owns cadence, accumulation, clipping, averaging, checkpoints and logging. The task owns its networks, its
+optimizers and its loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine import checkpoint, log, resume
+from engine.batches import Batches, StepRandom, mix
+from engine.config import RunConfig, TrainConfig
+from engine.device import Device, full_state, unwrapped
+from engine.ema import Ema
+from engine.optim import set_learning_rate
+
+
+class Task:
+    """What the loop drives: networks, their optimizers and a loss. A room subclasses it."""
+
+    modules: dict[str, nn.Module]
+    """Networks that are trained; the loop replaces them by their distributed form, so call them through this table."""
+    optimizers: dict[str, torch.optim.Optimizer]
+    """An optimizer for each network, under the same name."""
+    averaged: tuple[str, ...] = ()
+    """Names of the networks whose weights are averaged (EMA)."""
+
+    def step(self, batch: dict[str, Tensor], rng: StepRandom) -> dict[str, Tensor]:
+        """Scalars of one part of a batch: `loss`, which is back-propagated, and whatever is worth logging."""
+        raise NotImplementedError
+
+    def after_step(self, step: int, metrics: dict[str, float], rng: StepRandom) -> None:
+        """Runs after each good optimizer step; `metrics` are this step's, averaged over its parts and processes."""
+
+    def validate(self) -> dict[str, float]:
+        """Figures on held-out data, measured with averaged weights in evaluation mode."""
+        return {}
+
+    def preview(self) -> dict[str, Tensor]:
+        """Pictures to look at, name -> uint8 [N, 3, H, W], made with averaged weights in evaluation mode."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive a restart beyond the networks and optimizers: tensors and primitives only."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The counterpart of `state_dict`."""
+
+
+class Interrupted(SystemExit):
+    """A signal asked the run to stop and a checkpoint was written; the exit code is 128 + the signal's number."""
+
+
+def fit(
+    task: Task,
+    batches: Batches,
+    *,
+    train: TrainConfig,
+    run: RunConfig,
+    device: Device,
+    folder: Path,
+    identity: dict[str, Any],
+) -> dict[str, dict[str, Tensor]]:
+    """Train a task to `train.steps`, continuing from the newest valid checkpoint in `folder`.
+
+    `identity` is all that defines the run, as JSON-ready values; a run is not resumed under another one. Returns the
+    final weights by network name, averaged where the task says so, on the CPU.
+
+    Raises:
+        ValueError: the configuration differs from the one that the folder was begun with.
+        RuntimeError: too many steps in a row were not finite.
+        Interrupted: SIGTERM or SIGINT came; the same command resumes.
+    """
+    if device.is_main:
+        resume.check_identity(folder, identity)
+    device.barrier()
+    trainer = _Trainer(task, batches, train=train, run=run, device=device, folder=folder)
+    trainer.load()
+    if trainer.step < train.steps:
+        trainer.train_on()
+    weights = {name: full_state(module) for name, module in task.modules.items()}
+    return {**weights, **resume.averaged_state(task.modules, trainer.averages)}
+
+
+class _Trainer:
+    def __init__(
+        self, task: Task, batches: Batches, *, train: TrainConfig, run: RunConfig, device: Device, folder: Path
+    ) -> None:
+        self.task, self.batches, self.train, self.run = task, batches, train, run
+        self.device, self.folder = device, folder
+        self.step, self.bad_steps, self.skipped = 0, 0, 0
+        self.sums: dict[str, float] = {}  # of metrics over the good steps since the last line of the log
+        self.parts = range(device.rank * train.accumulate, (device.rank + 1) * train.accumulate)
+        self.num_parts = device.world * train.accumulate
+        for name, module in task.modules.items():
+            if run.compile:
+                module.compile()
+            task.modules[name] = device.share(module, task.optimizers[name])
+        self.averages = {name: Ema(task.modules[name], train.ema) for name in task.averaged if train.ema}
+
+    def train_on(self) -> None:
+        """From the present step to the last."""
+        self._set_mode(training=True)
+        metrics = self._open_metrics()
+        main = self.device.is_main
+        bar = log.progress(total=self.train.steps, title=self.folder.name, initial=self.step, enabled=main)
+        stream = self.batches.stream(self.step, self.parts, self.num_parts)
+        with bar, contextlib.closing(stream), _caught_signals() as caught:  # type: ignore[type-var]
+            self.since, self.since_step = time.monotonic(), self.step
+            while self.step < self.train.steps:
+                self._one_step(stream)
+                self._report(metrics, bar)
+                stop = self._agreed(caught)
+                if stop or self._due(self.train.checkpoint_every):
+                    self.save()
+                if stop:
+                    self._leave(stop)
+        if metrics is not None:
+            metrics.close()
+
+    # One step
+
+    def _one_step(self, stream: Iterator[dict[str, Tensor]]) -> None:
+        totals: dict[str, Tensor] = {}
+        for part in self.parts:
+            for key, value in self._forward_backward(next(stream), part).items():
+                totals[key] = totals.get(key, 0.0) + value.detach().float() / self.train.accumulate
+        norms = self._clipped_norms()
+        metrics = {**self._reduced(totals), **norms}  # one wait for the device, here
+        if math.isfinite(metrics["loss"]) and all(math.isfinite(metrics[key]) for key in norms):
+            self._update(metrics)
+        else:
+            self._skip(metrics)
+        for optimizer in self.task.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+
+    def _forward_backward(self, batch: dict[str, Tensor], part: int) -> dict[str, Tensor]:
+        """Forward in the run's precision, then backward; gradients are exchanged with the last part only."""
+        torch.manual_seed(mix(self.run.seed, self.step, part, 3))  # dropout
+        moved = {key: value.to(self.device.device, non_blocking=True) for key, value in batch.items()}
+        with contextlib.ExitStack() as stack:
+            if part != self.parts[-1]:
+                for module in self.task.modules.values():
+                    stack.enter_context(module.no_sync() if hasattr(module, "no_sync") else contextlib.nullcontext())
+            with self.device.autocast():
+                values = self.task.step(moved, self._rng(part, self.num_parts))
+            (values["loss"] / self.train.accumulate).backward()
+        return values
+
+    def _rng(self, part: int = 0, parts: int = 1, stream: int = 2) -> StepRandom:
+        size, device = self.train.batch_size, self.device.device
+        return StepRandom(self.run.seed, self.step, size, part=part, parts=parts, device=device, stream=stream)
+
+    def _update(self, metrics: dict[str, float]) -> None:
+        for optimizer in self.task.optimizers.values():
+            set_learning_rate(optimizer, self.step, self.train)
+            optimizer.step()
+        for name, average in self.averages.items():
+            average.update(self.task.modules[name])
+        self.bad_steps = 0
+        self.task.after_step(self.step, metrics, self._rng(stream=4))
+        for key, value in {**metrics, "good_steps": 1.0}.items():
+            self.sums[key] = self.sums.get(key, 0.0) + value
+
+    def _skip(self, metrics: dict[str, float]) -> None:
+        """A step that is not finite changes nothing; several in a row stop the run."""
+        self.bad_steps, self.skipped = self.bad_steps + 1, self.skipped + 1
+        if self.bad_steps >= self.train.max_bad_steps:
+            shown = ", ".join(f"{key} {metrics[key]:.3g}" for key in metrics if key == "loss" or "grad_norm" in key)
+            raise RuntimeError(
+                f"{self.folder}: loss or gradient was not finite in {self.bad_steps} steps in a row, the last at step "
+                f"{self.step} ({shown}). The last checkpoint is whole. Lower train.learning_rate, lengthen "
+                "train.warmup_steps, or use --run.precision=fp32"
+            )
+
+    def _reduced(self, totals: dict[str, Tensor]) -> dict[str, float]:
+        """Means over all processes, in one message."""
+        return dict(zip(totals, self.device.mean(torch.stack(list(totals.values()))).tolist(), strict=True))
+
+    def _clipped_norms(self) -> dict[str, float]:
+        """Clips each network's gradient; its norm before that."""
+        limit = self.train.clip_norm or math.inf
+        norms = {}
+        for name, module in self.task.modules.items():
+            norm = nn.utils.clip_grad_norm_(module.parameters(), limit)
+            norms[f"grad_norm/{name}"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        return norms
+
+    # Telling
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and (self.step % every == 0 or self.step == self.train.steps)
+
+    def _open_metrics(self) -> log.Metrics | None:
+        if not self.device.is_main:
+            return None
+        return log.Metrics(self.folder, resume_step=self.step, tensorboard=self.run.tensorboard)
+
+    def _report(self, metrics: log.Metrics | None, bar: log.Progress) -> None:
+        figures = self._figures() if self._due(self.train.log_every) else {}
+        bar.update(1, **({"loss": figures["loss"]} if "loss" in figures else {}))
+        if figures:
+            if metrics is not None:
+                metrics.write(self.step, figures)
+            self.sums = {}
+            self.since, self.since_step = time.monotonic(), self.step
+        if self._due(self.train.preview_every):
+            self._show(metrics)
+
+    def _figures(self) -> dict[str, float]:
+        """Means over the good steps since the last line, and how fast they went."""
+        good = max(1.0, self.sums.pop("good_steps", 0.0))
+        rates = [group["lr"] for optimizer in self.task.optimizers.values() for group in optimizer.param_groups]
+        samples = (self.step - self.since_step) * self.train.batch_size
+        return {
+            **{key: value / good for key, value in self.sums.items()},
+            "learning_rate": max(rates),
+            "skipped_steps": float(self.skipped),
+            "samples_per_second": samples / max(time.monotonic() - self.since, 1e-9),
+        }
+
+    def _show(self, metrics: log.Metrics | None) -> None:
+        """Validation figures and preview pictures, with averaged weights in place."""
+        begun = time.monotonic()
+        with contextlib.ExitStack() as stack:
+            for name, average in self.averages.items():
+                stack.enter_context(average.applied(self.task.modules[name]))
+            stack.enter_context(torch.inference_mode())
+            self._set_mode(training=False)
+            figures, pictures = self.task.validate(), self.task.preview()
+            self._set_mode(training=True)
+        if metrics is not None:
+            if figures:
+                metrics.write(self.step, {f"validation/{key}": value for key, value in figures.items()})
+            for name, images in pictures.items():
+                path = self.folder / "previews" / f"step-{self.step:08d}-{name}.png"
+                log.save_grid(images, path, columns=max(1, math.isqrt(len(images))))
+        self.since += time.monotonic() - begun
+
+    def _set_mode(self, *, training: bool) -> None:
+        for module in self.task.modules.values():
+            module.train(training)
+
+    # Stopping and resuming
+
+    def _agreed(self, caught: list[int]) -> int:
+        """The signal that any process received, or 0."""
+        number = caught[-1] if caught else 0
+        if self.device.world == 1:
+            return number
+        flag = torch.tensor(number, device=self.device.device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        return int(flag)
+
+    def _leave(self, number: int) -> None:
+        if self.device.is_main:
+            where = f"{self.folder}: stopped by {signal.Signals(number).name} at step {self.step} of {self.train.steps}"
+            print(f"\n{where}; a checkpoint is written, the same command resumes", file=sys.stderr, flush=True)
+        raise Interrupted(128 + number)
+
+    def save(self) -> None:
+        """Write a checkpoint; every process takes part, the first one writes."""
+        weights, averaged, state = resume.capture(self.task.modules, self.task.optimizers, self.averages)
+        progress = {"sums": self.sums, "bad_steps": self.bad_steps, "skipped": self.skipped}
+        state |= {"task": self.task.state_dict(), "progress": progress}
+        if self.device.is_main:
+            folder = self.folder / "checkpoints"
+            checkpoint.save_checkpoint(folder, self.step, weights=weights, averaged=averaged, state=state)
+            checkpoint.prune(folder, keep_last=self.train.keep_last, milestone_every=self.train.milestone_every)
+        self.device.barrier()
+
+    def load(self) -> None:
+        """Continue from the newest valid checkpoint, if there is one."""
+        saved = checkpoint.load_checkpoint(self.folder / "checkpoints")
+        if saved is None:
+            return
+        resume.restore(self.task.modules, self.task.optimizers, self.averages, saved)
+        state = saved[2]
+        self.task.load_state_dict(state["task"])
+        self.step = state["step"]
+        self.sums, self.bad_steps, self.skipped = (state["progress"][key] for key in ("sums", "bad_steps", "skipped"))
+        if self.device.is_main:
+            print(f"{self.folder}: resuming at step {self.step} of {self.train.steps}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _caught_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT instead of dying of them; a second SIGINT interrupts at once."""
+    caught: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        if number == signal.SIGINT and number in caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,115 @@
+"""What a run is and where it stands: its identity, and its whole training state to and from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine import checkpoint
+from engine.checkpoint import Weights
+from engine.config import difference
+from engine.device import fill, full_state, unwrapped, whole
+from engine.ema import Ema
+
+# Settings that may change between the start of a run and its resumption: they do not alter what was learnt so far.
+CHANGEABLE = {
+    *("steps", "accumulate", "log_every", "preview_every", "checkpoint_every", "keep_last", "milestone_every"),
+    *("max_bad_steps", "workers", "max_corrupt", "sample"),
+}
+
+
+def check_identity(folder: Path, identity: dict[str, Any]) -> None:
+    """Compare with the folder's identity.json (written at the first start); refuse what would mix two runs.
+
+    Raises:
+        ValueError: a setting that shapes the weights has changed; the message lists each old and new value.
+    """
+    path = folder / "identity.json"
+    if path.exists():
+        changes = difference(json.loads(path.read_text()), identity)
+        lines = {key: f"  {key}: {before!r} -> {after!r}" for key, (before, after) in changes.items()}
+        serious = [line for key, line in lines.items() if not CHANGEABLE & set(key.split("."))]
+        if serious:
+            raise ValueError(
+                f"{folder} was begun with another configuration:\n" + "\n".join(serious) + "\n"
+                f"Give the run another name (--run.name=...), restore these values, or delete {folder}"
+            )
+        if lines:
+            print(f"{folder} resumes with changed settings:\n" + "\n".join(lines.values()), file=sys.stderr)
+    checkpoint.write_json(path, identity)
+
+
+def capture(
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    averages: Mapping[str, Ema],
+) -> tuple[Weights, Weights, dict[str, Any]]:
+    """Weights, averaged weights and optimizer states, whole and on the CPU (collective under FSDP)."""
+    weights = {name: full_state(module) for name, module in modules.items()}
+    state = {
+        "optimizers": {name: _mapped(optimizer.state_dict(), whole) for name, optimizer in optimizers.items()},
+        "updates": {name: average.updates for name, average in averages.items()},
+    }
+    return weights, averaged_state(modules, averages), state
+
+
+def averaged_state(modules: Mapping[str, nn.Module], averages: Mapping[str, Ema]) -> Weights:
+    """The state of each averaged network with its averaged weights in place."""
+    states = {}
+    for name, average in averages.items():
+        with average.applied(modules[name]):
+            states[name] = full_state(modules[name])
+    return states
+
+
+def restore(
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    averages: Mapping[str, Ema],
+    saved: tuple[Weights, Weights, dict[str, Any]],
+) -> None:
+    """The counterpart of `capture`; every process reads the whole state and keeps its share."""
+    weights, averaged, state = saved
+    for name, module in modules.items():
+        _load(module, weights[name])
+        _load_optimizer(optimizers[name], state["optimizers"][name])
+    for name, average in averages.items():
+        average.updates = state["updates"][name]
+        with average.applied(modules[name]):
+            _load(modules[name], averaged[name])
+        _load(modules[name], weights[name])  # buffers are not averaged
+
+
+def _load(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    targets = unwrapped(module).state_dict()
+    missing, unknown = sorted(targets.keys() - state.keys()), sorted(state.keys() - targets.keys())
+    if missing or unknown:
+        raise ValueError(f"checkpoint of another network: missing {missing[:3]}, unknown {unknown[:3]}")
+    for name, target in targets.items():
+        fill(target, state[name])
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Moments are copied to where their parameter lives, as shards if it is sharded."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, moments in state["state"].items():
+        for key, value in moments.items():
+            if value.shape == parameters[index].shape and key != "step":
+                moments[key] = torch.empty_like(parameters[index]).detach()
+                fill(moments[key], value)
+    optimizer.load_state_dict(state)
+
+
+def _mapped(tree: Any, function: Any) -> Any:
+    """A nested dict or list with `function` applied to every tensor."""
+    if isinstance(tree, torch.Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {key: _mapped(value, function) for key, value in tree.items()}
+    return [_mapped(value, function) for value in tree] if isinstance(tree, (list, tuple)) else tree

@@ -1,0 +1,1 @@
+"""The judge: features, distances, reconstruction scores, the linear probe."""

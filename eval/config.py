@@ -1,0 +1,83 @@
+"""The `eval` section of a YAML: what is measured, with which features, on how many images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig:
+    path: str | None = None
+    """Folder of a trained classifier, so that several runs share one judge; absent: one is trained into the run."""
+    widths: tuple[int, int, int] = (32, 64, 96)
+    """Channels at 1/2, 1/4 and 1/8 of the image size; multiples of 8."""
+    shift: int = 2
+    """Training images are moved by up to so many pixels."""
+    seed: int = 0
+    """Seed of weights and data order; apart from run.seed, so that runs with other seeds have the same judge."""
+    train: TrainConfig = TrainConfig(
+        steps=500, learning_rate=2e-3, weight_decay=0.02, warmup_steps=20, ema=0.98, log_every=100, preview_every=0
+    )
+    """How the classifier is trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    families: tuple[str, ...] = ("pixels", "tokenizer", "autoregressive", "diffusion")
+    """Which representations are probed, as far as the run has them; pixels is the baseline."""
+    taps: Literal["all"] | tuple[str, ...] = "all"
+    """Names of the taps to probe in each family; all probes every one."""
+    c_grid: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    """Inverse penalties to choose from (scikit-learn's C)."""
+    held_out: float = 0.1
+    """Share of the training images on which penalty and tap are chosen."""
+    num_train: int = 10_000
+    """Training images at most; 0 takes all."""
+    num_test: int = 0
+    """Test images at most; 0 takes all."""
+
+    def __post_init__(self) -> None:
+        known = ("pixels", "tokenizer", "autoregressive", "diffusion")
+        unknown = [family for family in self.families if family not in known]
+        if unknown:
+            raise ValueError(f"eval.probe.families has {unknown[0]!r}; it takes any of {', '.join(known)}")
+        if not self.c_grid or min(self.c_grid) <= 0:
+            raise ValueError(f"eval.probe.c_grid={list(self.c_grid)} must hold at least one number, all above 0")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"eval.probe.held_out={self.held_out} must lie between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    num_samples: int = 500
+    """Images per generator, and as many real training images to hold them against."""
+    features: tuple[str, ...] = ("classifier", "random")
+    """Judges of images: classifier, inception, random, or timm:<model>:<weights file>[:<input size>]."""
+    inception_weights: str | None = None
+    """File of the FID Inception weights; absent: torch hub's checkpoint folder. Never downloaded."""
+    lpips: Literal["auto", "none", "alex", "vgg"] = "auto"
+    """LPIPS network; auto measures with each one whose trunk weights lie in torch hub's checkpoint folder."""
+    batch_size: int = 128
+    """Images per forward pass."""
+    num_reconstructions: int = 0
+    """Test images to reconstruct at most; 0 takes all."""
+    classifier: ClassifierConfig = ClassifierConfig()
+    """The classifier behind the classifier features and class_accuracy."""
+    probe: ProbeConfig = ProbeConfig()
+    """The linear probe."""
+
+    def __post_init__(self) -> None:
+        if not self.features:
+            raise ValueError("eval.features is empty; name at least one, such as random")
+        if self.num_samples < 20:
+            raise ValueError(f"eval.num_samples={self.num_samples} is too few for any interval; take at least 20")
+        if self.batch_size < 1:
+            raise ValueError(f"eval.batch_size={self.batch_size} must be at least 1")
+
+    @property
+    def main_features(self) -> str:
+        """The features under kid, precision and recall: Inception where it is listed, else the first listed."""
+        return "inception" if "inception" in self.features else self.features[0]

@@ -1,0 +1,133 @@
+"""What a score was measured under, and the file of scores; unlike scores are never set side by side."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.checkpoint import write_json
+from engine.config import difference
+from eval.statistics import Estimate
+
+JUDGE = 1  # raised whenever the mathematics of a score changes
+MATTERS = ("judge", "features", "settings", "size", "crop", "num_real", "num_generated", "reference")
+Record = dict[str, Any]
+
+
+def protocol(**facts: Any) -> dict[str, Any]:
+    """The record of a measurement, JSON-ready.
+
+    The keys of MATTERS make two scores alike: `features` (name, sha256 of weights, resize rule), `settings` of the score,
+    `size`, `crop`, `num_real`, `num_generated` and `reference` (content of the real images). Anything else, such as seeds,
+    sampler, guidance, EMA or raw weights, describes what was scored; it is kept and not compared.
+    """
+    stated = {"judge": JUDGE, **{key: value for key, value in facts.items() if value is not None}}
+    stated = json.loads(json.dumps(stated))
+    return {**stated, "hash": protocol_hash(stated), "code": code_version(), "torch": torch.__version__}
+
+
+def protocol_hash(stated: dict[str, Any]) -> str:
+    """16 hexadecimal digits; equal for two protocols just when `comparable` finds no difference."""
+    text = json.dumps(_what_matters(stated), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def comparable(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """Dotted keys in which two protocols differ and which make their scores unlike; empty: compare them."""
+    return list(difference(_what_matters(a), _what_matters(b)))
+
+
+def record(
+    name: str, subject: str, estimate: Estimate | float, *, n: int, protocol: dict[str, Any], tap: str | None = None
+) -> Record:
+    """One score. `n` is the number of images that it was taken over."""
+    value, interval = estimate if isinstance(estimate, Estimate) else (estimate, None)
+    entry: Record = {"name": name, "subject": subject, "value": float(value), "interval": interval and list(interval), "n": n}
+    return {**entry, **({"tap": tap} if tap else {}), "protocol": protocol}
+
+
+def read_scores(path: Path) -> list[Record]:
+    """The records of a metrics.json.
+
+    Raises:
+        ValueError: the file is missing or is no list of scores.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"scores {path}: no such file; `tokenloom eval` writes it")
+    try:
+        records = json.loads(Path(path).read_text(encoding="utf-8"))
+        whole = all({"name", "subject", "value", "protocol"} <= set(entry) for entry in records)
+    except (json.JSONDecodeError, TypeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"scores {path}: not a list of records with name, subject, value and protocol; `tokenloom eval` remakes it")
+    return list(records)
+
+
+def merge_scores(path: Path, new: Sequence[Record]) -> list[Record]:
+    """Put records into a metrics.json, in place of older ones of the same name, subject and tap."""
+    kept = {_key(entry): entry for entry in (read_scores(path) if Path(path).exists() else [])}
+    kept.update({_key(entry): entry for entry in new})
+    records = list(kept.values())
+    write_json(path, records)
+    return records
+
+
+def compare(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Rows {"name", "subject", "tap", "scores": one record per file} of every score that all the files have.
+
+    Raises:
+        ValueError: fewer than two files, nothing in common, or a score measured under unlike protocols.
+    """
+    if len(paths) < 2:
+        raise ValueError(f"a comparison needs at least two metrics.json, got {len(paths)}")
+    tables = [{_key(entry): entry for entry in read_scores(path)} for path in paths]
+    shared = [key for key in tables[0] if all(key in table for table in tables)]
+    if not shared:
+        raise ValueError(f"no score is in all of {', '.join(map(str, paths))}")
+    rows = []
+    for key in shared:
+        scores = [table[key] for table in tables]
+        _refuse_unlike(key, paths, scores)
+        rows.append({"name": key[0], "subject": key[1], "tap": scores[0].get("tap"), "scores": scores})
+    return rows
+
+
+def pixels_hash(images: Tensor) -> str:
+    """Identity of a set of uint8 images [N, 3, H, W] by content, 16 hexadecimal digits; the order counts."""
+    return hashlib.sha256(str(tuple(images.shape)).encode() + images.contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def code_version() -> str:
+    """Version of the installed package."""
+    try:
+        return version("tokenloom")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _what_matters(stated: dict[str, Any]) -> dict[str, Any]:
+    return {key: stated[key] for key in MATTERS if key in stated}
+
+
+def _key(entry: Record) -> tuple[str, str, str]:
+    return entry["name"], entry["subject"], entry.get("tap") or ""
+
+
+def _refuse_unlike(key: tuple[str, str, str], paths: Sequence[Path], scores: Sequence[Record]) -> None:
+    first = scores[0]["protocol"]
+    for path, score in zip(paths[1:], scores[1:], strict=True):
+        changes = difference(_what_matters(first), _what_matters(score["protocol"]))
+        if changes:
+            lines = "".join(f"\n  {name}: {before!r} | {after!r}" for name, (before, after) in changes.items())
+            raise ValueError(
+                f"{key[0]} of {key[1]} was measured differently in {paths[0]} and {path}:{lines}\n"
+                "Score both with the same `eval` section and data"
+            )

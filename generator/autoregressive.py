@@ -1,0 +1,190 @@
+"""VIM: a causal transformer over image codes (ViT-VQGAN, Yu et al., 2022, section 4), and the generator around it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from generator.config import AutoregressiveModelConfig, AutoregressiveSampleConfig
+from generator.decoding import decode, seeded_uniforms
+from generator.transformer import Block, KVCache
+
+
+class VIM(nn.Module):
+    """Label and codes before t predict code t; the last label is the null label (the start token if no class exists)."""
+
+    def __init__(self, model: AutoregressiveModelConfig, *, vocab_size: int, length: int, num_classes: int) -> None:
+        super().__init__()
+        depth, width, heads = model.shape
+        self.vocab_size, self.length, self.num_classes = vocab_size, length, num_classes
+        self.code_embedding = nn.Embedding(vocab_size, width)
+        self.label_embedding = nn.Embedding(num_classes + 1, width)
+        self.position_embedding = nn.Embedding(length, width)
+        self.dropout = nn.Dropout(model.dropout)
+        self.blocks = nn.ModuleList(
+            Block(width, heads, mlp_ratio=model.mlp_ratio, dropout=model.dropout) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocab_size, bias=False)
+        self._initialise()
+
+    def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
+        """Logits [B, T, K] of every code, teacher-forced: codes int64 [B, T], labels int64 [B] in 0 .. num_classes."""
+        return self.head(self.norm(self.hidden(codes, labels, len(self.blocks))))
+
+    def hidden(self, codes: Tensor, labels: Tensor, depth: int) -> Tensor:
+        """The residual stream [B, T, D] after `depth` blocks; row t has seen the label and codes before t."""
+        position = torch.arange(codes.shape[1], device=codes.device)
+        x = self._embed(codes[:, :-1], labels, position)                          # [B, T, D]
+        for block in self.blocks[:depth]:
+            x = block(x, causal=True)
+        return x
+
+    def caches(self, batch_size: int) -> list[KVCache]:
+        """Empty caches, one for each block, for sequences of full length."""
+        weight, heads = self.head.weight, self.blocks[0].attention.heads
+        size = (batch_size, heads, self.length, weight.shape[1] // heads)
+        return [KVCache(*size, device=weight.device, dtype=weight.dtype) for _ in self.blocks]
+
+    def advance(self, codes: Tensor, labels: Tensor | None, position: Tensor, caches: list[KVCache]) -> Tensor:
+        """Logits [B, K] of the next code, after new tokens at `position` [n]: the label, if given, then codes [B, ...]."""
+        x = self._embed(codes, labels, position)                                  # [B, n, D]
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x = block(x, cache=cache, position=position)
+        return self.head(self.norm(x[:, -1]))
+
+    def _embed(self, codes: Tensor, labels: Tensor | None, position: Tensor) -> Tensor:
+        x = self.code_embedding(codes)
+        if labels is not None:
+            x = torch.cat([self.label_embedding(labels)[:, None], x], dim=1)
+        return self.dropout(x + self.position_embedding(position))
+
+    def _initialise(self) -> None:
+        """As GPT-2: N(0, 0.02), and 1/sqrt(2 depth) of it for the layers that write to the residual stream."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for block in self.blocks:
+            for layer in (block.attention.out, block.mlp.fall):
+                nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(self.blocks)))
+
+
+class Autoregressive(nn.Module):
+    """A trained VIM with all that sampling needs; `card` is what `train_generator` wrote beside the weights."""
+
+    family = "autoregressive"
+
+    def __init__(self, network: VIM, card: dict[str, Any]) -> None:
+        super().__init__()
+        self.network = network
+        self.num_classes: int = card["num_classes"]
+        self.class_names = tuple(card["class_names"])
+        self.label_dropout: float = card["config"]["model"]["label_dropout"]
+        self.tokenizer_fingerprint: str = card["tokenizer_fingerprint"]
+        self.fingerprint: str = card.get("fingerprint", "")
+        self.taps = tuple(f"block.{number}" for number in range(len(network.blocks)))
+
+    @classmethod
+    def from_card(cls, card: dict[str, Any], weights: dict[str, Tensor]) -> Autoregressive:
+        """Rebuild a saved generator, in eval mode."""
+        with torch.device("meta"):
+            network = build_network(AutoregressiveModelConfig(**card["config"]["model"]), card)
+        network.load_state_dict(weights, assign=True)
+        return cls(network, card).eval().requires_grad_(False)
+
+    def sample(
+        self, labels: Tensor | None, seeds: Sequence[int], *, prefix: Tensor | None = None, **settings: Any
+    ) -> Tensor:
+        """Codes int64 [B, T], one row for each seed; row k depends on seed k, label k and prefix k alone.
+
+        Args:
+            labels: int64 [B] in 0 .. num_classes - 1; -1 or None samples without a class.
+            prefix: int64 [B, P], the first codes in raster order, to complete an image.
+            settings: keys of AutoregressiveSampleConfig.
+
+        Raises:
+            ValueError: a label, a code or a setting out of range, or guidance of a network without a trained null label.
+        """
+        chosen = AutoregressiveSampleConfig(**settings)
+        self.check_guidance(chosen.guidance)
+        device = self.network.head.weight.device
+        uniforms = seeded_uniforms(seeds, self.network.length).to(device)         # [B, T]
+        labels = self._label_rows(labels, len(uniforms)).to(device)               # [B]
+        if prefix is not None:
+            prefix = self._checked(prefix).to(device)
+        return decode(self.network, labels, uniforms, chosen, null_label=self.num_classes, prefix=prefix)
+
+    def check_guidance(self, guidance: float) -> None:
+        """Raise ValueError if guidance is asked of a network that did not learn both a class and no class."""
+        if guidance != 1 and not (self.num_classes and self.label_dropout):
+            raise ValueError(
+                f"autoregressive.sample.guidance={guidance} compares a class with none, but this generator learned only"
+                " one of them: use guidance=1, or train on labels with autoregressive.model.label_dropout above 0"
+            )
+
+    @torch.inference_mode()
+    def features(self, codes: Tensor, tap: str) -> Tensor:
+        """The residual stream after block n (`tap` = "block.<n>", from 0), averaged over the sequence: [B, D].
+
+        The codes [B, T] are teacher-forced behind the null label, so that no class leaks (ViT-VQGAN, section 4.3).
+        """
+        if tap not in self.taps:
+            raise ValueError(f"tap={tap!r} must be one of {', '.join(self.taps)}")
+        labels = codes.new_full((len(codes),), self.num_classes)
+        return self.network.hidden(self._checked(codes), labels, self.taps.index(tap) + 1).float().mean(1)
+
+    @torch.inference_mode()
+    def nll(self, codes: Tensor, labels: Tensor) -> Tensor:
+        """Negative log likelihood of codes [B, T] given labels [B] (-1: none known), in nats per image [B].
+
+        A generator without classes ignores the labels.
+        """
+        rows = self._label_rows(labels if self.num_classes else None, len(codes)).to(codes.device)
+        logits = self.network(self._checked(codes), rows)                         # [B, T, K]
+        return F.cross_entropy(logits.float().transpose(1, 2), codes, reduction="none").sum(1)
+
+    def _checked(self, codes: Tensor) -> Tensor:
+        check_codes(codes, self.network.vocab_size, self.network.length)
+        return codes
+
+    def _label_rows(self, labels: Tensor | None, rows: int) -> Tensor:
+        labels = torch.full((rows,), -1) if labels is None else labels
+        if len(labels) != rows:
+            raise ValueError(f"{len(labels)} labels for {rows} samples: give one label for each")
+        return null_unknown(labels, self.num_classes)
+
+
+def build_network(model: AutoregressiveModelConfig, card: dict[str, Any]) -> VIM:
+    """The network for a code grid, vocabulary and number of classes, as a card names them."""
+    length = math.prod(card["grid"])
+    return VIM(model, vocab_size=card["vocab_size"], length=length, num_classes=card["num_classes"])
+
+
+def check_codes(codes: Tensor, vocab_size: int, length: int) -> None:
+    """Raise ValueError unless the codes [B, T] lie in 0 .. vocab_size - 1 and T is at most `length`."""
+    if codes.ndim != 2 or codes.shape[1] > length:
+        raise ValueError(f"codes of shape {tuple(codes.shape)} must be [B, T] with T at most {length}")
+    low, high = (int(bound) for bound in codes.aminmax()) if codes.numel() else (0, 0)
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise ValueError(f"code {wrong} is out of the vocabulary 0 .. {vocab_size - 1}: was it made by another tokenizer?")
+
+
+def null_unknown(labels: Tensor, num_classes: int) -> Tensor:
+    """Labels with -1 (none known) replaced by the null label `num_classes`.
+
+    Raises:
+        ValueError: a label outside -1 .. num_classes - 1.
+    """
+    wrong = labels[(labels < -1) | (labels >= num_classes)]
+    if len(wrong):
+        allowed = f"0 .. {num_classes - 1}, or -1 for none" if num_classes else "-1: the generator knows no classes"
+        raise ValueError(f"label {int(wrong[0])} must be {allowed}")
+    return torch.where(labels < 0, num_classes, labels)

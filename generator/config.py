@@ -1,0 +1,203 @@
+"""The `autoregressive` and `diffusion` sections of an experiment. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from engine.config import TrainConfig
+
+# name: depth, width, heads. The VIM sizes are those of ViT-VQGAN (Yu et al., 2022), table 2.
+AUTOREGRESSIVE_PRESETS: dict[str, tuple[int, int, int]] = {
+    "tiny":      (4, 128, 4),
+    "mini":      (6, 256, 4),
+    "small":     (12, 512, 8),
+    "base":      (12, 768, 12),
+    "vim-base":  (24, 1536, 16),
+    "vim-large": (36, 2048, 32),
+}  # fmt: skip
+
+# name: depth, width, heads. S to XL are those of DiT (Peebles & Xie, 2023), table 1.
+DENOISER_PRESETS: dict[str, tuple[int, int, int]] = {
+    "tiny": (4, 128, 4),
+    "mini": (6, 256, 4),
+    "S":    (12, 384, 6),
+    "B":    (12, 768, 12),
+    "L":    (24, 1024, 16),
+    "XL":   (28, 1152, 16),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoregressiveModelConfig:
+    preset: Literal["tiny", "mini", "small", "base", "vim-base", "vim-large"] = "mini"
+    """Depth, width and heads of the transformer; the three keys below replace single numbers of it."""
+    depth: int | None = None
+    """Number of blocks."""
+    width: int | None = None
+    """Channels of the residual stream."""
+    heads: int | None = None
+    """Attention heads."""
+    mlp_ratio: int = 4
+    """Hidden width of the MLP over the width."""
+    dropout: float = 0.1
+    """Dropout on residual branches, MLP activations and attention weights."""
+    label_dropout: float = 0.1
+    """Share of labels replaced by the null label in training, so that sampling can be guided; 1 trains without labels."""
+
+    def __post_init__(self) -> None:
+        _check_transformer("autoregressive.model", self.shape, self.mlp_ratio)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"autoregressive.model.dropout={self.dropout} must lie in [0, 1)")
+        _check_share("autoregressive.model.label_dropout", self.label_dropout)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Depth, width, heads."""
+        return _shape(self, AUTOREGRESSIVE_PRESETS[self.preset])
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoregressiveSampleConfig:
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the likeliest code."""
+    top_k: int = 0
+    """Keep so many of the likeliest codes; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the likeliest codes whose probabilities first sum to this; 1 keeps all."""
+    guidance: float = 1.0
+    """Classifier-free guidance scale; 1 switches guidance off and halves the work."""
+    guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the scale goes from 1 to guidance along the sequence; constant starts with the full scale."""
+    batch_size: int = 64
+    """Samples decoded together; changes speed and memory, never a sample's noise."""
+    compile: bool = False
+    """Compile the one-code step with torch.compile; pays off for many samples."""
+
+    def __post_init__(self) -> None:
+        _check_at_least("autoregressive.sample.temperature", self.temperature, 0)
+        _check_at_least("autoregressive.sample.top_k", self.top_k, 0)
+        _check_at_least("autoregressive.sample.guidance", self.guidance, 0)
+        _check_at_least("autoregressive.sample.batch_size", self.batch_size, 1)
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"autoregressive.sample.top_p={self.top_p} must lie in (0, 1]; 1 keeps all codes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoregressiveConfig:
+    model: AutoregressiveModelConfig = field(default_factory=AutoregressiveModelConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(betas=(0.9, 0.96), weight_decay=0.045))
+    sample: AutoregressiveSampleConfig = field(default_factory=AutoregressiveSampleConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserModelConfig:
+    preset: Literal["tiny", "mini", "S", "B", "L", "XL"] = "tiny"
+    """Depth, width and heads of the transformer; the three keys below replace single numbers of it."""
+    patch_size: int = 1
+    """Side of the square of latents that makes one token."""
+    depth: int | None = None
+    """Number of blocks."""
+    width: int | None = None
+    """Channels of the residual stream."""
+    heads: int | None = None
+    """Attention heads."""
+    mlp_ratio: int = 4
+    """Hidden width of the MLP over the width."""
+    label_dropout: float = 0.1
+    """Share of labels replaced by the null label in training, so that sampling can be guided; 1 trains without labels."""
+
+    def __post_init__(self) -> None:
+        _check_transformer("diffusion.model", self.shape, self.mlp_ratio)
+        _check_at_least("diffusion.model.patch_size", self.patch_size, 1)
+        _check_share("diffusion.model.label_dropout", self.label_dropout)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Depth, width, heads."""
+        return _shape(self, DENOISER_PRESETS[self.preset])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    kind: Literal["cosine", "uniform_time", "logit_normal"] = "cosine"
+    """Which log SNRs are trained on, and how often; uniform_time is the linear flow's usual choice."""
+    location: float | None = None
+    """Centre in log SNR, the kind's own if absent; a logit-normal mean m of the flow time is -2 m here."""
+    scale: float | None = None
+    """Stretch in log SNR, the kind's own if absent; a logit-normal deviation s of the flow time is 2 s here."""
+
+    def __post_init__(self) -> None:
+        if self.scale is not None and not self.scale > 0:
+            raise ValueError(f"diffusion.schedule.scale={self.scale} must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionSampleConfig:
+    solver: Literal["ddim", "euler", "heun"] = "ddim"
+    """How to integrate from noise to latents; heun is of second order and calls the network twice a step."""
+    num_steps: int = 50
+    """Steps of the solver."""
+    steps: Literal["cosine", "flow", "logsnr"] = "cosine"
+    """Where the solver stops: at equal distances in cosine time, in linear-flow time, or in log SNR."""
+    first_logsnr: float = -10.0
+    """Log SNR at which sampling starts from pure noise."""
+    last_logsnr: float = 10.0
+    """Log SNR of the last network call; only steps=logsnr has it, the others space themselves down to clean latents."""
+    eta: float = 0.0
+    """Share of fresh noise in each step of ddim: 0 is deterministic, 1 is ancestral sampling."""
+    guidance: float = 1.0
+    """Classifier-free guidance scale; 1 switches guidance off and halves the work."""
+    batch_size: int = 64
+    """Samples denoised together; changes speed and memory, never a sample's noise."""
+
+    def __post_init__(self) -> None:
+        _check_at_least("diffusion.sample.num_steps", self.num_steps, 1)
+        if not self.first_logsnr < self.last_logsnr:
+            raise ValueError(
+                f"diffusion.sample.first_logsnr={self.first_logsnr} must lie below last_logsnr={self.last_logsnr}"
+            )
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"diffusion.sample.eta={self.eta} must lie in [0, 1]")
+        if self.eta and self.solver != "ddim":
+            raise ValueError(f"diffusion.sample.eta={self.eta} needs solver=ddim: {self.solver} adds no noise")
+        _check_at_least("diffusion.sample.guidance", self.guidance, 0)
+        _check_at_least("diffusion.sample.batch_size", self.batch_size, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    model: DenoiserModelConfig = field(default_factory=DenoiserModelConfig)
+    path: Literal["vp", "flow"] = "vp"
+    """How signal and noise mix: variance preserving, or a straight line between them."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    target: Literal["v", "velocity", "eps", "x0"] = "v"
+    """What the network predicts; velocity is the linear flow's usual choice."""
+    weight: Literal["plain"] = "plain"
+    """How much each noise level counts in the loss, beside how often the schedule draws it."""
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=5e-4))
+    sample: DiffusionSampleConfig = field(default_factory=DiffusionSampleConfig)
+
+
+def _shape(config: Any, preset: tuple[int, int, int]) -> tuple[int, int, int]:
+    given = (config.depth, config.width, config.heads)
+    depth, width, heads = (standard if value is None else value for value, standard in zip(given, preset, strict=True))
+    return depth, width, heads
+
+
+def _check_transformer(key: str, shape: tuple[int, int, int], mlp_ratio: int) -> None:
+    for name, value in zip(("depth", "width", "heads", "mlp_ratio"), (*shape, mlp_ratio), strict=True):
+        _check_at_least(f"{key}.{name}", value, 1)
+    _, width, heads = shape
+    if width % heads:
+        raise ValueError(f"{key}.width={width} must be a multiple of {key}.heads={heads}")
+
+
+def _check_at_least(key: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise ValueError(f"{key}={value} must be at least {least}")
+
+
+def _check_share(key: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{key}={value} must lie in [0, 1]")

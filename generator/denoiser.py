@@ -1,0 +1,164 @@
+"""DiT: a transformer that predicts from noisy latents, their log SNR and a label (Peebles & Xie, 2023).
+
+Conditioning enters through adaLN-zero: every block's norms are shifted and scaled, and its branches gated, by numbers
+computed from the condition. Gates and output start at zero, so a new network is the identity and predicts 0.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from generator.transformer import MLP, Attention
+
+NUM_FREQUENCIES = 128
+# Waves over log SNR, whose useful range is about [-18, 18]: from half a wave over the whole range to 1.6 per unit.
+LOWEST_FREQUENCY, HIGHEST_FREQUENCY = 0.1, 10.0  # radians per unit of log SNR
+
+
+class DiT(nn.Module):
+    """Latents [B, C, h, w], log SNR [B], labels [B] -> prediction [B, out_channels, h, w].
+
+    Label `num_classes` is the null label. Published sizes carry a learnt variance: out_channels = 2 C.
+
+    Raises:
+        ValueError: sides that patch_size does not divide, a width that is not a multiple of four and of heads.
+    """
+
+    def __init__(
+        self,
+        latent_shape: tuple[int, int, int],
+        *,
+        depth: int,
+        width: int,
+        heads: int,
+        patch_size: int = 1,
+        num_classes: int = 0,
+        mlp_ratio: int = 4,
+        out_channels: int | None = None,
+    ) -> None:
+        super().__init__()
+        channels, height, side = latent_shape
+        if height % patch_size or side % patch_size:
+            raise ValueError(f"diffusion.model.patch_size={patch_size} must divide the latents' {height} x {side}")
+        self.latent_shape, self.patch_size, self.num_classes = tuple(latent_shape), patch_size, num_classes
+        self.grid = height // patch_size, side // patch_size
+        self.patches = nn.Conv2d(channels, width, patch_size, patch_size)
+        self.noise_level = NoiseLevel(width)
+        self.labels = nn.Embedding(num_classes + 1, width)
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio=mlp_ratio) for _ in range(depth))
+        self.output = Output(width, patch_size**2 * (out_channels or channels))
+        self.register_buffer("positions", sincos_positions(width, self.grid), persistent=False)  # [T, D]
+        self.initialize()
+
+    def initialize(self) -> None:
+        """Xavier-uniform matrices, small embeddings, zero gates and output."""
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        nn.init.xavier_uniform_(self.patches.weight.flatten(1))
+        nn.init.zeros_(self.patches.bias)  # type: ignore[arg-type]
+        for small in (self.labels.weight, self.noise_level.rise.weight, self.noise_level.fall.weight):
+            nn.init.normal_(small, std=0.02)
+        for zero in (*(block.modulation for block in self.blocks), self.output.modulation, self.output.linear):
+            nn.init.zeros_(zero.weight)
+
+    def forward(self, x: Tensor, logsnr: Tensor, labels: Tensor) -> Tensor:
+        tokens, condition = self.embed(x, logsnr, labels)
+        for block in self.blocks:
+            tokens = block(tokens, condition)
+        return self.unpatchify(self.output(tokens, condition))
+
+    def activations(self, x: Tensor, logsnr: Tensor, labels: Tensor, *, depth: int) -> Tensor:
+        """Tokens [B, T, D] after the first `depth` blocks; 0 gives the embedded patches."""
+        tokens, condition = self.embed(x, logsnr, labels)
+        for block in self.blocks[:depth]:
+            tokens = block(tokens, condition)
+        return tokens
+
+    def embed(self, x: Tensor, logsnr: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [B, T, D] with their positions, and the condition [B, D]."""
+        if tuple(x.shape[1:]) != self.latent_shape:
+            raise ValueError(f"latents of shape {list(x.shape)} do not fit this network: [B, *{list(self.latent_shape)}]")
+        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.positions  # [B, T, D]
+        return tokens, self.noise_level(logsnr) + self.labels(labels)         # [B, T, D], [B, D]
+
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """[B, T, out_channels * p * p] -> [B, out_channels, h, w]."""
+        squares = patches.transpose(1, 2).unflatten(2, self.grid)             # [B, C p p, h/p, w/p]
+        return F.pixel_shuffle(squares, self.patch_size)                      # [B, C, h, w]
+
+
+class Block(nn.Module):
+    """Attention and MLP under adaLN-zero: tokens [B, T, D], condition [B, D] -> [B, T, D]."""
+
+    def __init__(self, width: int, heads: int, *, mlp_ratio: int = 4) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)  # holds no weights, so it serves both branches
+        self.attention = Attention(width, heads)
+        self.mlp = MLP(width, mlp_ratio * width)
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        numbers = self.modulation(F.silu(condition))[:, None].chunk(6, dim=-1)  # 6 x [B, 1, D]
+        shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = numbers
+        mixed = self.attention(modulate(self.norm(tokens), shift_attention, scale_attention))
+        tokens = tokens + gate_attention * mixed
+        return tokens + gate_mlp * self.mlp(modulate(self.norm(tokens), shift_mlp, scale_mlp))
+
+
+class Output(nn.Module):
+    """Modulated norm and linear map: tokens [B, T, D], condition [B, D] -> [B, T, out]."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.linear = nn.Linear(width, out)
+
+    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.modulation(F.silu(condition))[:, None].chunk(2, dim=-1)  # 2 x [B, 1, D]
+        return self.linear(modulate(self.norm(tokens), shift, scale))
+
+
+class NoiseLevel(nn.Module):
+    """Log SNR [B] -> embedding [B, D]: sines and cosines of many frequencies, then an MLP."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.rise = nn.Linear(2 * NUM_FREQUENCIES, width)
+        self.fall = nn.Linear(width, width)
+        frequencies = torch.logspace(math.log10(LOWEST_FREQUENCY), math.log10(HIGHEST_FREQUENCY), NUM_FREQUENCIES)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, logsnr: Tensor) -> Tensor:
+        angles = logsnr.float()[:, None] * self.frequencies                    # [B, F]
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)                # [B, 2 F]
+        return self.fall(F.silu(self.rise(waves)))                             # [B, D]
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (1 + scale) + shift."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
+    """Fixed two-dimensional sine-cosine positions in raster order, float32 [h * w, width] (He et al., MAE, 2022).
+
+    The first half of the width encodes the row, the second half the column.
+
+    Raises:
+        ValueError: width is not a multiple of 4.
+    """
+    if width % 4:
+        raise ValueError(f"diffusion.model.width={width} must be a multiple of 4 for two-dimensional positions")
+    frequencies = 10000 ** (-torch.arange(width // 4) / (width // 4))          # [D / 4]
+    rows, columns = (torch.arange(side)[:, None] * frequencies for side in grid)
+    row, column = (torch.cat([angle.sin(), angle.cos()], dim=-1) for angle in (rows, columns))  # [h, D/2], [w, D/2]
+    height, side = grid
+    pairs = row[:, None].expand(-1, side, -1), column[None].expand(height, -1, -1)
+    return torch.cat(pairs, dim=-1).flatten(0, 1)                              # [T, D]

@@ -1,0 +1,57 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from engine.config import TrainConfig
+from engine.optim import adamw, learning_rate, set_learning_rate
+
+
+def test_only_matrices_of_linear_and_convolution_layers_decay() -> None:
+    module = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Conv1d(4, 4, 1))
+    decayed, others = adamw(module, TrainConfig(weight_decay=0.1)).param_groups
+    assert {id(p) for p in decayed["params"]} == {id(module[1].weight), id(module[3].weight)}
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert len(decayed["params"]) + len(others["params"]) == len(list(module.parameters()))
+
+
+@pytest.mark.parametrize("decay", ["constant", "cosine", "linear", "exponential"])
+def test_the_learning_rate_warms_up_and_ends_where_it_should(decay: str) -> None:
+    train = TrainConfig(
+        steps=100, learning_rate=1.0, final_learning_rate=0.01, warmup_steps=10, decay=decay, decay_start=20
+    )  # type: ignore[arg-type]
+    assert learning_rate(0, train) == pytest.approx(0.1)
+    assert learning_rate(9, train) == pytest.approx(1.0)
+    assert learning_rate(19, train) == learning_rate(20, train) == pytest.approx(1.0)
+    middle = {"constant": 1.0, "cosine": 0.505, "linear": 0.505, "exponential": 0.1}[decay]
+    assert learning_rate(60, train) == pytest.approx(middle)
+    assert learning_rate(100, train) == pytest.approx(1.0 if decay == "constant" else 0.01)
+
+
+def test_the_exponential_law_is_the_one_published_for_vim() -> None:
+    """4.5e-4 until step 80,000, then exponentially to 1e-5 at 450,000 (ViT-VQGAN; second-hand)."""
+    train = TrainConfig(
+        steps=450_000,
+        learning_rate=4.5e-4,
+        final_learning_rate=1e-5,
+        warmup_steps=5_000,
+        decay="exponential",
+        decay_start=80_000,
+    )
+    assert learning_rate(2_499, train) == pytest.approx(2.25e-4)
+    assert learning_rate(265_000, train) == pytest.approx(math.sqrt(4.5e-4 * 1e-5))
+
+
+def test_exponential_decay_to_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match="final_learning_rate"):
+        learning_rate(50, TrainConfig(steps=100, decay="exponential"))
+
+
+def test_groups_keep_their_own_peak() -> None:
+    train = TrainConfig(steps=10, learning_rate=0.1, decay="linear")
+    optimizer = adamw(nn.Linear(2, 2), train)
+    optimizer.param_groups[1]["peak_lr"] = 0.4
+    set_learning_rate(optimizer, 5, train)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.05, 0.2])
+    assert torch.is_tensor(optimizer.param_groups[0]["params"][0])

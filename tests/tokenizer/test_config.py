@@ -1,0 +1,42 @@
+"""The tokenizer's settings: sizes, overrides, refusals."""
+
+import pytest
+
+from tokenizer.config import (
+    TOWERS,
+    QuantizerConfig,
+    TokenizerConfig,
+    TokenizerLossConfig,
+    TokenizerModelConfig,
+    TowerConfig,
+)
+
+
+def test_presets_name_encoder_then_decoder() -> None:
+    assert TokenizerModelConfig(preset="small-large").towers == (TOWERS["small"], TOWERS["large"])
+
+
+def test_an_override_replaces_one_tower() -> None:
+    own = TowerConfig(blocks=1, width=8, heads=2, mlp=16)
+    assert TokenizerModelConfig(preset="tiny-tiny", decoder=own).towers == (TOWERS["tiny"], own)
+
+
+@pytest.mark.parametrize("preset", ["small", "small-huge", "small-small-small", ""])
+def test_unknown_presets_are_refused_by_name(preset: str) -> None:
+    with pytest.raises(ValueError, match=f"model.preset='{preset}'.*tiny"):
+        TokenizerModelConfig(preset=preset)
+
+
+def test_senseless_values_are_refused() -> None:
+    with pytest.raises(ValueError, match="width=10 is not a multiple of heads=3"):
+        TowerConfig(blocks=1, width=10, heads=3, mlp=16)
+    with pytest.raises(ValueError, match="model.vocab_size=1"):
+        TokenizerModelConfig(vocab_size=1)
+    with pytest.raises(ValueError, match="revive_after=-1"):
+        QuantizerConfig(revive_after=-1)
+    with pytest.raises(ValueError, match="loss.commitment=-0.5"):
+        TokenizerLossConfig(commitment=-0.5)
+    with pytest.raises(ValueError, match="loss.l2 and loss.l1 are both 0"):
+        TokenizerLossConfig(l2=0.0)
+    with pytest.raises(ValueError, match="encode_batch_size=0"):
+        TokenizerConfig(encode_batch_size=0)

@@ -1,0 +1,1 @@
+"""Stage 1: pixels to latents to codes and back."""
