@@ -200,7 +200,7 @@ def _file_keys(path: str) -> Iterator[str]:
     if not Path(path).is_file():
         raise ValueError(f"--config {path}: no such file (working folder: {Path.cwd()})")
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):

@@ -43,7 +43,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop: box halvings, then bicubic until the shorter side is `size` (guided-diffusion, image_datasets).
+    """ADM's centre crop: box halvings, then bicubic until the shorter side is `size` (Dhariwal and Nichol 2021, code).
 
     Scores in the literature are measured on this crop.
     """
@@ -57,7 +57,10 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def random_crop(image: Image.Image, size: int, scale: float, top: float, left: float) -> Image.Image:
-    """A square of 80 to 100 % of the shorter side, anywhere; the aspect ratio stays. The last three are draws in [0, 1)."""
+    """A square of 80 to 100 % of the shorter side, anywhere; `scale`, `top`, `left` are draws in [0, 1).
+
+    The aspect ratio stays: a generator would learn the distortion.
+    """
     side = min(image.size) * (1 - (1 - LEAST_KEPT) * scale)
     x, y = left * (image.width - side), top * (image.height - side)
     return image.resize((size, size), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side), reducing_gap=3.0)

@@ -123,7 +123,15 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
     """A module's whole state on the CPU, under the names it has without DDP, FSDP or compilation (collective)."""
+    reshard(module)
     return {name: whole(value).contiguous() for name, value in unwrapped(module).state_dict().items()}
+
+
+def reshard(module: nn.Module) -> None:
+    """Let FSDP put away the whole parameters that it keeps after a forward without a backward."""
+    for unit in module.modules():
+        if hasattr(unit, "reshard"):
+            unit.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from engine.device import reshard
+
 
 class Ema:
     """Shadow copy of a module's parameters; buffers are not averaged, they are the module's own.
@@ -36,6 +38,7 @@ class Ema:
 
     @torch.no_grad()
     def _swap(self, module: nn.Module) -> None:
+        reshard(module)
         for parameter, shadow in zip(module.parameters(), self.shadow, strict=True):
             local = _local(parameter)
             kept = local.detach().clone()

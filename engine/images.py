@@ -27,7 +27,7 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Floats in [-1, 1] -> uint8 in 0..255: halves round up, what lies outside is clamped. Undoes `to_float` exactly."""
+    """Floats in [-1, 1] -> uint8 in 0..255: halves round up, the rest is clamped. Undoes `to_float` exactly."""
     return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 

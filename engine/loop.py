@@ -238,7 +238,7 @@ class _Trainer:
         with contextlib.ExitStack() as stack:
             for name, average in self.averages.items():
                 stack.enter_context(average.applied(self.task.modules[name]))
-            stack.enter_context(torch.inference_mode())
+            stack.enter_context(torch.no_grad())
             self._set_mode(training=False)
             figures, pictures = self.task.validate(), self.task.preview()
             self._set_mode(training=True)

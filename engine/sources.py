@@ -12,9 +12,10 @@ import numpy as np
 from PIL import Image
 
 from engine.config import DataConfig
+from engine.hub import list_hub
 from engine.images import ImageSet, Listing
 from engine.splits import IMAGE_SUFFIXES, choose_split, digest, encode_labels, held_out, label_names, required_path
-from engine.tables import list_hub, list_parquet
+from engine.tables import list_parquet
 from engine.tars import list_webdataset
 
 COLUMN_KEYS = ("image_column", "label_column", "caption_column")
@@ -57,7 +58,7 @@ def _refuse_idle_keys(config: DataConfig) -> None:
 
 
 def list_digits(config: DataConfig, split: str) -> Listing:
-    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, 80 % train and 20 % test; enlarged by bicubic resizing."""
+    """scikit-learn's 1,797 handwritten digits, 8 x 8 pixels, 80 % train, 20 % test; the crop enlarges them smoothly."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -105,7 +106,7 @@ def _folder_roots(config: DataConfig) -> dict[str, Path]:
             raise ValueError(f"{key}={path}: no such folder (working folder: {Path.cwd()}); correct the path")
     inside = [entry.name for entry in base.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
     train, test = choose_split(inside, "train"), choose_split(inside, "test")
-    # A lone folder `train` is a split; among other folders and without a test split it is a class (of locomotives, say).
+    # A lone folder `train` is a split; among others, without a test split, it is a class (of locomotives, say).
     train = "train" if inside == ["train"] else train
     train_root = base / train if train else base
     if config.test_path:
@@ -119,7 +120,7 @@ def _class_folders(root: Path, key: str) -> tuple[str, ...]:
     classes = tuple(name for name in folders if next(_walk(root / name), None) is not None)
     loose = next((entry.name for entry in os.scandir(root) if _is_image(entry)), None)
     if classes and loose:
-        raise ValueError(f"{key}={root}: {loose} lies beside class folders such as {classes[0]}; move it into one, or away")
+        raise ValueError(f"{key}={root}: {loose} lies beside class folders such as {classes[0]}; move it away")
     if not classes and not loose:
         raise ValueError(f"{key}={root}: no image in it; known suffixes: {' '.join(IMAGE_SUFFIXES)}")
     return classes

@@ -129,7 +129,7 @@ def encode_labels(values: Sequence[Any], names: tuple[str, ...], where: str) -> 
         else:
             raise ValueError(f"{where}: label {value!r} is neither an integer nor a string; set data.label_column")
         if labels[row] >= len(names):
-            raise ValueError(f"{where}: label {value!r} is not among the {len(names)} training classes; correct the data")
+            raise ValueError(f"{where}: {value!r} is not among the {len(names)} training classes; correct the data")
     return labels
 
 
@@ -138,7 +138,7 @@ def label_names(values: Iterable[Any]) -> tuple[str, ...]:
     known = {value for value in values if value is not None}
     texts = {value for value in known if isinstance(value, str)}
     if texts and texts != known:
-        raise ValueError(f"labels mix strings such as {min(texts)!r} with other values; correct the data or data.label_column")
+        raise ValueError(f"labels mix strings such as {min(texts)!r} with numbers; correct them or data.label_column")
     return tuple(sorted(texts)) or tuple(str(i) for i in range(1 + max(known, default=-1)))
 
 

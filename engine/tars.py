@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -81,7 +82,8 @@ def index_shards(shards: list[Path], image_suffix: str | None) -> list[Sample]:
         ValueError: a shard is cut or compressed, or no sample has an image.
     """
     wanted = (f".{image_suffix.lstrip('.')}",) if image_suffix else IMAGE_SUFFIXES
-    samples, seen = [], set()
+    samples: list[Sample] = []
+    seen: set[str] = set()
     for shard, path in enumerate(shards):
         for key, members in _index_one(shard, path).items():
             seen.update(members)
@@ -89,7 +91,8 @@ def index_shards(shards: list[Path], image_suffix: str | None) -> list[Sample]:
             if image is not None:
                 samples.append(Sample(key, members, image))
     if not samples:
-        raise ValueError(f"{shards[0]}: no sample has an image; members end in {', '.join(sorted(seen)) or 'nothing'}; set data.image_column")
+        endings = ", ".join(sorted(seen)) or "nothing"
+        raise ValueError(f"{shards[0]}: no sample has an image; members end in {endings}; set data.image_column")
     return samples
 
 
@@ -105,7 +108,7 @@ def _index_one(shard: int, path: Path) -> dict[str, dict[str, Member]]:
                     members = found.setdefault(f"{folder}/{stem}" if folder else stem, {})
                     members[suffix] = Member(shard, info.offset_data, info.size)
     except tarfile.TarError as error:
-        raise ValueError(f"{path}: not a whole, uncompressed tar ({error}); fetch it again or unpack its compression") from error
+        raise ValueError(f"{path}: not a whole, uncompressed tar ({error}); fetch it again or decompress it") from error
     end = max((member.offset + member.size for members in found.values() for member in members.values()), default=0)
     if end > path.stat().st_size:
         raise ValueError(f"{path}: cut after {path.stat().st_size} bytes, its members end at {end}; fetch it again")
@@ -122,15 +125,16 @@ def read_member(shards: list[Path], member: Member) -> bytes:
 def _values(
     shards: list[Path], samples: list[Sample], column: str | None, key: str, customary: Iterable[str]
 ) -> list[Any] | None:
-    """One value per sample: the text of the member `column`, else the field `column` of json; None if nothing is there."""
-    first = samples[0].members
+    """One value per sample: the text of the member `column`, else that field of json; None if there is neither."""
+    first = samples[0].members  # the first sample decides what the shards hold
     fields = json.loads(read_member(shards, first["json"])) if "json" in first else {}
     name = column or next((name for name in customary if name in first or name in fields), None)
     if name is None:
         return None
     if name not in first and name not in fields:
         there = sorted({*first, *fields})
-        raise ValueError(f"data.{key}={name}: neither a member nor a json field of {samples[0].key}; there are {', '.join(there)}")
+        fault = f"neither a member nor a json field of sample {samples[0].key}"
+        raise ValueError(f"data.{key}={name}: {fault}; there are {', '.join(there)}")
     return [_value(shards, sample, name, from_member=name in first) for sample in samples]
 
 
@@ -145,4 +149,4 @@ def _value(shards: list[Path], sample: Sample, name: str, *, from_member: bool) 
         if name not in fields:
             raise ValueError(fault)
         return fields[name]
-    return int(text) if text.lstrip("-").isdigit() else text
+    return int(text) if re.fullmatch("-?[0-9]+", text) else text

@@ -19,7 +19,7 @@ class ClassifierConfig:
     seed: int = 0
     """Seed of weights and data order; apart from run.seed, so that runs with other seeds have the same judge."""
     train: TrainConfig = TrainConfig(
-        steps=500, learning_rate=2e-3, weight_decay=0.02, warmup_steps=20, ema=0.98, log_every=100, preview_every=0
+        steps=300, learning_rate=2e-3, weight_decay=0.02, warmup_steps=20, ema=0.98, log_every=100, preview_every=0
     )
     """How the classifier is trained."""
 

@@ -16,12 +16,12 @@ from generator.transformer import Block, KVCache
 
 
 class VIM(nn.Module):
-    """Label and codes before t predict code t; the last label is the null label (the start token if no class exists)."""
+    """Label and codes before t predict code t; the last label is the null label, for images of no known class."""
 
     def __init__(self, model: AutoregressiveModelConfig, *, vocab_size: int, length: int, num_classes: int) -> None:
         super().__init__()
         depth, width, heads = model.shape
-        self.vocab_size, self.length, self.num_classes = vocab_size, length, num_classes
+        self.vocab_size, self.length, self.num_classes, self.heads = vocab_size, length, num_classes, heads
         self.code_embedding = nn.Embedding(vocab_size, width)
         self.label_embedding = nn.Embedding(num_classes + 1, width)
         self.position_embedding = nn.Embedding(length, width)
@@ -47,12 +47,12 @@ class VIM(nn.Module):
 
     def caches(self, batch_size: int) -> list[KVCache]:
         """Empty caches, one for each block, for sequences of full length."""
-        weight, heads = self.head.weight, self.blocks[0].attention.heads
-        size = (batch_size, heads, self.length, weight.shape[1] // heads)
+        weight = self.head.weight
+        size = (batch_size, self.heads, self.length, weight.shape[1] // self.heads)
         return [KVCache(*size, device=weight.device, dtype=weight.dtype) for _ in self.blocks]
 
     def advance(self, codes: Tensor, labels: Tensor | None, position: Tensor, caches: list[KVCache]) -> Tensor:
-        """Logits [B, K] of the next code, after new tokens at `position` [n]: the label, if given, then codes [B, ...]."""
+        """Logits [B, K] of the next code, after new tokens at `position` [n]: a label [B], if given, then codes."""
         x = self._embed(codes, labels, position)                                  # [B, n, D]
         for block, cache in zip(self.blocks, caches, strict=True):
             x = block(x, cache=cache, position=position)
@@ -71,9 +71,9 @@ class VIM(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        for block in self.blocks:
-            for layer in (block.attention.out, block.mlp.fall):
-                nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * len(self.blocks)))
+        for name, parameter in self.named_parameters():
+            if name.endswith(("attention.out.weight", "mlp.fall.weight")):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * len(self.blocks)))
 
 
 class Autoregressive(nn.Module):
@@ -89,7 +89,7 @@ class Autoregressive(nn.Module):
         self.label_dropout: float = card["config"]["model"]["label_dropout"]
         self.tokenizer_fingerprint: str = card["tokenizer_fingerprint"]
         self.fingerprint: str = card.get("fingerprint", "")
-        self.taps = tuple(f"block.{number}" for number in range(len(network.blocks)))
+        self.taps = tuple(f"block_{number}" for number in range(1, len(network.blocks) + 1))
 
     @classmethod
     def from_card(cls, card: dict[str, Any], weights: dict[str, Tensor]) -> Autoregressive:
@@ -110,7 +110,7 @@ class Autoregressive(nn.Module):
             settings: keys of AutoregressiveSampleConfig.
 
         Raises:
-            ValueError: a label, a code or a setting out of range, or guidance of a network without a trained null label.
+            ValueError: a label, a code or a setting out of range, or guidance where there is nothing to guide by.
         """
         chosen = AutoregressiveSampleConfig(**settings)
         self.check_guidance(chosen.guidance)
@@ -119,6 +119,9 @@ class Autoregressive(nn.Module):
         labels = self._label_rows(labels, len(uniforms)).to(device)               # [B]
         if prefix is not None:
             prefix = self._checked(prefix).to(device)
+            if prefix.shape[1] >= self.network.length or len(prefix) != len(labels):
+                size = f"[{len(labels)}, fewer than {self.network.length}]"
+                raise ValueError(f"prefix of shape {tuple(prefix.shape)} must be {size} codes")
         return decode(self.network, labels, uniforms, chosen, null_label=self.num_classes, prefix=prefix)
 
     def check_guidance(self, guidance: float) -> None:
@@ -129,9 +132,9 @@ class Autoregressive(nn.Module):
                 " one of them: use guidance=1, or train on labels with autoregressive.model.label_dropout above 0"
             )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def features(self, codes: Tensor, tap: str) -> Tensor:
-        """The residual stream after block n (`tap` = "block.<n>", from 0), averaged over the sequence: [B, D].
+        """The residual stream after block n (`tap` = "block_<n>", from 1), averaged over the sequence: [B, D].
 
         The codes [B, T] are teacher-forced behind the null label, so that no class leaks (ViT-VQGAN, section 4.3).
         """
@@ -140,7 +143,7 @@ class Autoregressive(nn.Module):
         labels = codes.new_full((len(codes),), self.num_classes)
         return self.network.hidden(self._checked(codes), labels, self.taps.index(tap) + 1).float().mean(1)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def nll(self, codes: Tensor, labels: Tensor) -> Tensor:
         """Negative log likelihood of codes [B, T] given labels [B] (-1: none known), in nats per image [B].
 
@@ -174,7 +177,7 @@ def check_codes(codes: Tensor, vocab_size: int, length: int) -> None:
     low, high = (int(bound) for bound in codes.aminmax()) if codes.numel() else (0, 0)
     if low < 0 or high >= vocab_size:
         wrong = low if low < 0 else high
-        raise ValueError(f"code {wrong} is out of the vocabulary 0 .. {vocab_size - 1}: was it made by another tokenizer?")
+        raise ValueError(f"code {wrong} is out of the vocabulary 0 .. {vocab_size - 1}: did another tokenizer make it?")
 
 
 def null_unknown(labels: Tensor, num_classes: int) -> Tensor:

@@ -43,7 +43,7 @@ class AutoregressiveModelConfig:
     dropout: float = 0.1
     """Dropout on residual branches, MLP activations and attention weights."""
     label_dropout: float = 0.1
-    """Share of labels replaced by the null label in training, so that sampling can be guided; 1 trains without labels."""
+    """Share of labels replaced by the null label in training: needed for guidance; 1 trains without labels."""
 
     def __post_init__(self) -> None:
         _check_transformer("autoregressive.model", self.shape, self.mlp_ratio)
@@ -105,7 +105,7 @@ class DenoiserModelConfig:
     mlp_ratio: int = 4
     """Hidden width of the MLP over the width."""
     label_dropout: float = 0.1
-    """Share of labels replaced by the null label in training, so that sampling can be guided; 1 trains without labels."""
+    """Share of labels replaced by the null label in training: needed for guidance; 1 trains without labels."""
 
     def __post_init__(self) -> None:
         _check_transformer("diffusion.model", self.shape, self.mlp_ratio)

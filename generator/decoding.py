@@ -53,7 +53,7 @@ def distribution(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, to
 def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """Invert the cumulative distribution [B, K] at fp32 uniforms [B] in [0, 1): codes [B].
 
-    In float64 a 24-bit uniform below 1 times the total stays below the total, so a code of probability 0 is never drawn.
+    In float64 a 24-bit uniform below 1 times the total stays below the total: no code of probability 0 is ever drawn.
     """
     cumulative = probabilities.double().cumsum(-1)                                # [B, K]
     threshold = uniforms.double()[:, None] * cumulative[:, -1:]                   # [B, 1]
@@ -91,7 +91,7 @@ def seeded_uniforms(seeds: Sequence[int], length: int) -> Tensor:
     return torch.stack(rows)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def decode(
     decoder: Decoder,
     labels: Tensor,

@@ -51,6 +51,7 @@ class DiT(nn.Module):
         self.labels = nn.Embedding(num_classes + 1, width)
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio=mlp_ratio) for _ in range(depth))
         self.output = Output(width, patch_size**2 * (out_channels or channels))
+        self.positions: Tensor
         self.register_buffer("positions", sincos_positions(width, self.grid), persistent=False)  # [T, D]
         self.initialize()
 
@@ -61,11 +62,13 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
         nn.init.xavier_uniform_(self.patches.weight.flatten(1))
-        nn.init.zeros_(self.patches.bias)  # type: ignore[arg-type]
+        assert self.patches.bias is not None
+        nn.init.zeros_(self.patches.bias)
         for small in (self.labels.weight, self.noise_level.rise.weight, self.noise_level.fall.weight):
             nn.init.normal_(small, std=0.02)
-        for zero in (*(block.modulation for block in self.blocks), self.output.modulation, self.output.linear):
-            nn.init.zeros_(zero.weight)
+        for name, parameter in self.named_parameters():
+            if name.endswith("modulation.weight") or name == "output.linear.weight":
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, logsnr: Tensor, labels: Tensor) -> Tensor:
         tokens, condition = self.embed(x, logsnr, labels)
@@ -81,11 +84,12 @@ class DiT(nn.Module):
         return tokens
 
     def embed(self, x: Tensor, logsnr: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [B, T, D] with their positions, and the condition [B, D]."""
+        """Tokens [B, T, D] with their positions, and the condition [B, D] after the SiLU that all modulations share."""
         if tuple(x.shape[1:]) != self.latent_shape:
-            raise ValueError(f"latents of shape {list(x.shape)} do not fit this network: [B, *{list(self.latent_shape)}]")
+            wanted = ", ".join(str(side) for side in self.latent_shape)
+            raise ValueError(f"latents of shape {list(x.shape)} do not fit this network, which takes [B, {wanted}]")
         tokens = self.patches(x).flatten(2).transpose(1, 2) + self.positions  # [B, T, D]
-        return tokens, self.noise_level(logsnr) + self.labels(labels)         # [B, T, D], [B, D]
+        return tokens, F.silu(self.noise_level(logsnr) + self.labels(labels))  # [B, T, D], [B, D]
 
     def unpatchify(self, patches: Tensor) -> Tensor:
         """[B, T, out_channels * p * p] -> [B, out_channels, h, w]."""
@@ -98,13 +102,13 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, *, mlp_ratio: int = 4) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)  # holds no weights, so it serves both branches
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)  # no weights, so it serves both branches
         self.attention = Attention(width, heads)
         self.mlp = MLP(width, mlp_ratio * width)
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        numbers = self.modulation(F.silu(condition))[:, None].chunk(6, dim=-1)  # 6 x [B, 1, D]
+        numbers = self.modulation(condition)[:, None].chunk(6, dim=-1)        # 6 x [B, 1, D]
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = numbers
         mixed = self.attention(modulate(self.norm(tokens), shift_attention, scale_attention))
         tokens = tokens + gate_attention * mixed
@@ -121,7 +125,7 @@ class Output(nn.Module):
         self.linear = nn.Linear(width, out)
 
     def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        shift, scale = self.modulation(F.silu(condition))[:, None].chunk(2, dim=-1)  # 2 x [B, 1, D]
+        shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)    # 2 x [B, 1, D]
         return self.linear(modulate(self.norm(tokens), shift, scale))
 
 
@@ -133,6 +137,7 @@ class NoiseLevel(nn.Module):
         self.rise = nn.Linear(2 * NUM_FREQUENCIES, width)
         self.fall = nn.Linear(width, width)
         frequencies = torch.logspace(math.log10(LOWEST_FREQUENCY), math.log10(HIGHEST_FREQUENCY), NUM_FREQUENCIES)
+        self.frequencies: Tensor
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, logsnr: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ Weight = Callable[[Tensor, Tensor], Tensor]
 TARGETS: dict[str, Coefficients] = {
     "eps":      lambda alpha, sigma: (torch.zeros_like(alpha), torch.ones_like(sigma)),   # Ho et al., 2020
     "x0":       lambda alpha, sigma: (torch.ones_like(alpha), torch.zeros_like(sigma)),
-    "v":        lambda alpha, sigma: (-sigma, alpha),                                     # Salimans & Ho, 2022, section 4
+    "v":        lambda alpha, sigma: (-sigma, alpha),                                     # Salimans & Ho, 2022
     "velocity": lambda alpha, sigma: (-torch.ones_like(alpha), torch.ones_like(sigma)),   # eps - x: Lipman et al., 2023
 }  # fmt: skip
 

@@ -16,12 +16,12 @@ Path = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def variance_preserving(logsnr: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha^2 + sigma^2 = 1 (Kingma et al., VDM, 2021, section 3.1). logsnr of any shape -> alpha, sigma of that shape."""
+    """alpha^2 + sigma^2 = 1 (Kingma et al., 2021, section 3.1): log SNR of any shape -> alpha, sigma of that shape."""
     return torch.sigmoid(logsnr).sqrt(), torch.sigmoid(-logsnr).sqrt()
 
 
 def linear_flow(logsnr: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha + sigma = 1: the straight line x_t = (1 - t) x + t eps (Lipman et al., 2023), t = sigmoid(-lambda / 2)."""
+    """alpha + sigma = 1: the line x_t = (1 - t) x + t eps (Lipman et al., 2023) with t = sigmoid(-lambda / 2)."""
     return torch.sigmoid(logsnr / 2), torch.sigmoid(-logsnr / 2)
 
 

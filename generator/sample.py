@@ -37,7 +37,7 @@ def load_generator(path: str | Path, family: str) -> Autoregressive | Diffusion:
     folder = folder / family if (folder / family).is_dir() else folder
     card, weights = load_model(folder)
     if card.get("family") != family:
-        raise ValueError(f"{folder / 'model.json'} describes {card.get('family')!r}, not a generator of family {family!r}")
+        raise ValueError(f"{folder / 'model.json'} describes {card.get('family')!r}, not family={family!r}")
     kind = Autoregressive if family == "autoregressive" else Diffusion
     return kind.from_card(card, weights)
 

@@ -48,7 +48,7 @@ NORMAL = Family(
 SCHEDULES: dict[str, tuple[Family, float, float]] = {
     "cosine":       (SECANT, 0.0, 1.0),    # lambda = 2 ln cot(pi t / 2); p = sech(lambda / 2) / (2 pi)
     "uniform_time": (LOGISTIC, 0.0, 2.0),  # lambda = 2 ln((1 - t) / t); p = sech^2(lambda / 4) / 8; FM-OT
-    "logit_normal": (NORMAL, 0.0, 2.0),    # flow time t = sigmoid(m + s z): location -2 m, scale 2 s (Esser et al., 2024)
+    "logit_normal": (NORMAL, 0.0, 2.0),    # flow time t = sigmoid(m + s z): location -2 m, scale 2 s (Esser et al.)
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from engine.device import Device
 from engine.loop import Task, fit
 from engine.optim import adamw
 from engine.shards import Shards, open_shards
-from generator.autoregressive import Autoregressive, build_network, check_codes
+from generator.autoregressive import Autoregressive, build_network, null_unknown
 from generator.config import AutoregressiveConfig, DiffusionConfig
 from generator.diffusion import DiffusionTask
 from tokenizer.model import Tokenizer, load_tokenizer
@@ -31,18 +31,25 @@ PREVIEW_IMAGES = 16
 
 
 class AutoregressiveTask(Task):
-    """Next-code prediction: mean cross-entropy in nats per token, labels dropped at random."""
+    """Next-code prediction: mean cross-entropy in nats per token; the null label replaces a share of the labels.
+
+    Raises:
+        ValueError: labels beyond the shards' class names, or guidance where there is nothing to guide by.
+    """
 
     averaged = ("network",)
 
     def __init__(
-        self, config: AutoregressiveConfig, *, card: dict[str, Any], test_shards: Shards, tokenizer: Tokenizer
+        self, *, config: AutoregressiveConfig, shards: Shards, test_shards: Shards, tokenizer: Tokenizer
     ) -> None:
-        self.config, self.card, self.test_shards, self.tokenizer = config, card, test_shards, tokenizer
+        self.config, self.test_shards, self.tokenizer = config, test_shards, tokenizer
+        self.unigram_entropy = test_shards.unigram_entropy()
+        card = generator_card(config, shards, tokenizer)
         self.network = build_network(config.model, card)
+        self.generator = Autoregressive(self.network, card)
+        self.generator.check_guidance(config.sample.guidance)
         self.modules: dict[str, nn.Module] = {"network": self.network}
         self.optimizers: dict[str, torch.optim.Optimizer] = {"network": adamw(self.network, config.train)}
-        Autoregressive(self.network, card).check_guidance(config.sample.guidance)
 
     def step(self, batch: dict[str, Tensor], rng: StepRandom) -> dict[str, Tensor]:
         """batch: codes int64 [B, T], labels int64 [B]."""
@@ -50,28 +57,19 @@ class AutoregressiveTask(Task):
         return {"loss": self._cross_entropy(batch["codes"], batch["labels"].masked_fill(dropped, -1))}
 
     def validate(self) -> dict[str, float]:
-        """Nats per token and bits per image of held-out codes, beside the entropy of their histogram."""
-        nats, images = 0.0, 0
-        counts = torch.zeros(self.network.vocab_size)
-        for batch in self._test_batches():
-            codes = batch["codes"].to(self._device)
-            nats += float(self._cross_entropy(codes, batch["labels"].to(self._device))) * len(codes)
-            images += len(codes)
-            counts += torch.bincount(batch["codes"].flatten(), minlength=len(counts))
-        nll = nats / images
-        return {
-            "nll": nll,
-            "bits_per_image": nll * self.network.length / math.log(2),
-            "unigram_entropy": float(torch.special.entr(counts.double() / counts.sum()).sum()),
-        }
+        """Nats per token and bits per image of held-out codes, beside the nats of each code's mere frequency."""
+        nats = [self._cross_entropy(codes, labels) * len(codes) for codes, labels in self._test_batches()]
+        nll = float(torch.stack(nats).sum()) / self._num_validation
+        bits = nll * self.network.length / math.log(2)
+        return {"nll": nll, "bits_per_image": bits, "unigram_entropy": self.unigram_entropy}
 
     def preview(self) -> dict[str, Tensor]:
         """Decoded samples, sorted by class."""
         if hasattr(self.network.head.weight, "full_tensor"):
             return {}  # FSDP gathers sharded weights for forward only, not for decoding
-        generator = Autoregressive(self.network, self.card)
         settings = dataclasses.asdict(self.config.sample) | {"compile": False}
-        codes = generator.sample(spread_labels(PREVIEW_IMAGES, generator.num_classes), range(PREVIEW_IMAGES), **settings)
+        labels = spread_labels(PREVIEW_IMAGES, self.network.num_classes)
+        codes = self.generator.sample(labels, range(PREVIEW_IMAGES), **settings)
         return {"samples": self.tokenizer.to(self._device).decode(codes).cpu()}
 
     def _cross_entropy(self, codes: Tensor, labels: Tensor) -> Tensor:
@@ -81,12 +79,16 @@ class AutoregressiveTask(Task):
         logits = self.modules["network"](codes, labels)                           # [B, T, K]
         return F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten())
 
-    def _test_batches(self) -> Iterator[dict[str, Tensor]]:
-        stop = min(len(self.test_shards), VALIDATION_IMAGES)
-        for start in range(0, stop, VALIDATION_BATCH):
-            batch = self.test_shards.load(np.arange(start, min(start + VALIDATION_BATCH, stop)))
-            check_codes(batch["codes"], self.network.vocab_size, self.network.length)
-            yield batch
+    def _test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Codes [B, T] and labels [B] of held-out images, spread evenly: test sets are often sorted by class."""
+        indices = np.arange(self._num_validation) * len(self.test_shards) // self._num_validation
+        for rows in np.split(indices, range(VALIDATION_BATCH, len(indices), VALIDATION_BATCH)):
+            batch = self.test_shards.load(rows)
+            yield batch["codes"].to(self._device), batch["labels"].to(self._device)
+
+    @property
+    def _num_validation(self) -> int:
+        return min(len(self.test_shards), VALIDATION_IMAGES)
 
     @property
     def _device(self) -> torch.device:
@@ -106,14 +108,19 @@ def train_generator(
     Raises:
         ValueError: the tokenizer or the codes are missing or do not belong together, or the folder was begun otherwise.
     """
+    if family != family_of(config):
+        raise ValueError(f"family={family!r} does not fit the section {type(config).__name__}")
     tokenizer = load_tokenizer(run.folder)
     shards, test_shards = (
         open_shards(run.folder / "codes" / split, fingerprint=tokenizer.fingerprint) for split in ("train", "test")
     )
-    card = generator_card(config, family, shards, tokenizer)
     torch.manual_seed(mix(run.seed, 4))
-    task = make_task(config, card=card, test_shards=test_shards, tokenizer=tokenizer)
     folder = run.folder / family
+    task: Task
+    if isinstance(config, AutoregressiveConfig):
+        task = AutoregressiveTask(config=config, shards=shards, test_shards=test_shards, tokenizer=tokenizer)
+    else:
+        task = DiffusionTask(config=config, shards=shards, test_shards=test_shards, tokenizer=tokenizer)
     weights = fit(
         task,
         Batches(shards, batch_size=config.train.batch_size, seed=run.seed, workers=data.workers),
@@ -124,22 +131,18 @@ def train_generator(
         identity={"seed": run.seed, family: to_dict(config), "codes": shards.meta},
     )
     if device.is_main:
-        save_model(folder, weights["network"], card)
+        save_model(folder, weights["network"], generator_card(config, shards, tokenizer))
     device.barrier()
     return folder
 
 
-def make_task(
-    config: AutoregressiveConfig | DiffusionConfig, *, card: dict[str, Any], test_shards: Shards, tokenizer: Tokenizer
-) -> AutoregressiveTask | DiffusionTask:
-    """The task of the family that the configuration belongs to."""
-    if isinstance(config, AutoregressiveConfig):
-        return AutoregressiveTask(config, card=card, test_shards=test_shards, tokenizer=tokenizer)
-    return DiffusionTask(config, card=card, test_shards=test_shards, tokenizer=tokenizer)
+def family_of(config: AutoregressiveConfig | DiffusionConfig) -> str:
+    """The name of a section's family: of its folder and of its scores."""
+    return "autoregressive" if isinstance(config, AutoregressiveConfig) else "diffusion"
 
 
 def generator_card(
-    config: AutoregressiveConfig | DiffusionConfig, family: str, shards: Shards, tokenizer: Tokenizer
+    config: AutoregressiveConfig | DiffusionConfig, shards: Shards, tokenizer: Tokenizer
 ) -> dict[str, Any]:
     """What `model.json` must hold to rebuild a generator; training and sampling settings are told, but name no model.
 
@@ -147,15 +150,12 @@ def generator_card(
         ValueError: a label of the codes has no class name.
     """
     names = list(shards.meta["class_names"])
-    if len(shards.labels) and int(shards.labels.max()) >= len(names):
-        raise ValueError(
-            f"label {int(shards.labels.max())} in {shards.folder} is beyond its {len(names)} class names: encode again"
-        )
+    null_unknown(torch.from_numpy(shards.labels), len(names))
     told = to_dict(config)
     names = [] if config.model.label_dropout == 1 else names
     return {
         "kind": "generator",
-        "family": family,
+        "family": family_of(config),
         "config": {key: value for key, value in told.items() if key not in ("train", "sample")},
         "train": told["train"],
         "sample": told["sample"],

@@ -69,7 +69,8 @@ def nearest(vectors: Tensor, book: Tensor, *, max_similarities: int = MAX_SIMILA
     """
     flat = vectors.reshape(-1, vectors.shape[-1])  # [N, D]
     rows = max(1, max_similarities // book.shape[0])
-    codes = [(chunk @ book.T).argmax(dim=-1) for chunk in flat.split(rows)]
+    with torch.autocast(vectors.device.type, enabled=False):
+        codes = [(chunk @ book.T).argmax(dim=-1) for chunk in flat.split(rows)]
     return torch.cat(codes).reshape(vectors.shape[:-1])
 
 

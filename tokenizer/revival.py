@@ -37,20 +37,20 @@ class Usage:
         return dead
 
 
-def perplexity(counts: Tensor) -> Tensor:
-    """exp(entropy) of how often each code was chosen, [K] -> scalar: K when all are equally frequent, 1 when one is."""
+def perplexity(counts: Tensor) -> float:
+    """exp(entropy) of how often each code was chosen, [K]: K when all are equally frequent, 1 when one is."""
     shares = counts.double() / counts.sum()
-    return torch.special.entr(shares).sum().exp().float()
+    return torch.special.entr(shares).sum().exp().item()
 
 
 @torch.no_grad()
 def spherical_kmeans(vectors: Tensor, num: int, *, generator: torch.Generator, iterations: int = ITERATIONS) -> Tensor:
-    """Unit centroids [num, D] of unit vectors [N, D]: Lloyd's algorithm by cosine (Dhillon and Modha 2001).
+    """Unit centroids [num, D] of unit vectors [N, D]: Lloyd's algorithm by cosine (Dhillon and Modha 2001),
+    from a k-means++ start.
 
     A cluster that loses all its vectors restarts at one of the vectors that are served worst.
     """
-    first = torch.randint(len(vectors), (num,), generator=generator)
-    centroids = vectors[first.to(vectors.device)]  # [num, D]
+    centroids = spread_start(vectors, num, generator=generator)  # [num, D]
     for _ in range(iterations):
         codes = nearest(vectors, centroids)  # [N]
         counts = torch.bincount(codes, minlength=num)  # [num]
@@ -61,6 +61,19 @@ def spherical_kmeans(vectors: Tensor, num: int, *, generator: torch.Generator, i
         centroids = normalize(sums)
         centroids[empty[: len(worst)]] = vectors[worst]
     return centroids
+
+
+def spread_start(vectors: Tensor, num: int, *, generator: torch.Generator) -> Tensor:
+    """k-means++ (Arthur and Vassilvitskii 2007): each next centre is drawn by its squared distance to those so far."""
+    draws = torch.rand(num, 1, generator=generator, dtype=torch.float64).to(vectors.device)
+    distance = torch.ones(len(vectors), dtype=torch.float64, device=vectors.device)  # [N]
+    chosen = []
+    for draw in draws:
+        cumulative = distance.cumsum(0)
+        chosen.append(torch.searchsorted(cumulative, draw * cumulative[-1]).clamp(max=len(vectors) - 1))  # [1]
+        to_last = (2 - 2 * vectors @ vectors[chosen[-1]].T).squeeze(1).clamp(min=0)  # [N]
+        distance = torch.minimum(distance, to_last)
+    return vectors[torch.cat(chosen)]
 
 
 def gather_rows(vectors: Tensor, wanted: Tensor, device: Device) -> Tensor:

@@ -54,14 +54,14 @@ class TokenizerTask(Task):
         quality = psnr(to_uint8(images.detach().float()), batch["images"]).mean()
         return {"loss": loss, **losses, "psnr": quality}
 
-    def after_step(self, step: int, metrics: dict[str, Tensor], rng: StepRandom) -> None:
+    def after_step(self, step: int, metrics: dict[str, float], rng: StepRandom) -> None:
         """Count the codes of all processes, revive those long unused, add figures of the codebook to the metrics."""
         counts = self.device.sum(self.counts)
         self.counts = torch.zeros_like(counts)
         self.usage.update(counts)
         metrics["perplexity"] = perplexity(counts)
-        metrics["usage"] = torch.tensor(self.usage.share(-(-USAGE_IMAGES // self.config.train.batch_size)))
-        metrics["revived"] = torch.tensor(float(self._revive(rng)))
+        metrics["usage"] = self.usage.share(-(-USAGE_IMAGES // self.config.train.batch_size))
+        metrics["revived"] = self._revive(rng)
 
     def _revive(self, rng: StepRandom) -> int:
         """Replace the codes that are due, and return how many."""

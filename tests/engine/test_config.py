@@ -46,12 +46,13 @@ def test_what_is_written_reads_back_equal(tmp_path: Path) -> None:
     [
         ("train: {stpes: 7}", [], r"unknown key 'train\.stpes' in .*a\.yaml: did you mean 'train\.steps'"),
         ("second: {stpes: 7}", [], r"unknown key 'second\.stpes' .* did you mean 'second\.steps'"),
-        ("", ["--train.stpes=3"], r"unknown key 'train\.stpes' in the command line"),
-        ("", ["--train.steps=many"], r"train\.steps.*many"),
-        ("", ["--second.decay=sideways"], r"decay.*cosine.*sideways"),
+        ("run: {seed: 1}", ["--train.stpes=3"], r"unknown key 'train\.stpes' in the command line"),
+        ("run: {seed: 1}", ["--train.steps=many"], r"train\.steps.*many"),
+        ("run: {seed: 1}", ["--second.decay=sideways"], r"decay.*cosine.*sideways"),
         ("train: {ema: 2}", [], r"train\.ema=2.*\[0, 1\)"),
-        ("", ["--second.steps=0"], r"train\.steps=0 must be at least 1"),
+        ("run: {seed: 1}", ["--second.steps=0"], r"train\.steps=0 must be at least 1"),
         ("- a list", [], "expected sections"),
+        ("", [], "expected sections"),
         ("run: {name: [", [], "not valid YAML"),
     ],
 )

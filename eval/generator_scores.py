@@ -1,0 +1,160 @@
+"""Scores of generators: their samples against real training images, beside real images against real images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.config import RunConfig, to_dict
+from engine.device import Device
+from engine.images import ImageSet
+from eval.config import EvalConfig
+from eval.features import Extractor
+from eval.judge import (
+    Judged,
+    class_accuracy,
+    draw_indices,
+    drawn_batches,
+    exact_products,
+    judge,
+    png_batches,
+    sample_scores,
+)
+from eval.protocol import Record, protocol, record
+from eval.statistics import mean_of
+from generator.config import AutoregressiveConfig, DiffusionConfig
+from generator.sample import load_generator, sample
+from tokenizer.model import Tokenizer, load_tokenizer
+
+
+def ensure_samples(
+    *, run: RunConfig, config: AutoregressiveConfig | DiffusionConfig, family: str, num: int, device: Device
+) -> Path:
+    """The folder with at least `num` samples of this generator under these settings; samples if it is not there yet.
+
+    Every process of a run must call it.
+    """
+    folder = run.folder / "samples" / family
+    if _has_samples(folder, run=run, config=config, family=family, num=num):
+        return folder
+    return sample(run=run, config=config, family=family, device=device, num=num)
+
+
+def real_halves(
+    train_set: ImageSet, extractors: Sequence[Extractor], *, config: EvalConfig, device: torch.device
+) -> tuple[Judged, Judged]:
+    """Two disjoint sets of eval.num_samples real training images: the reference, and one to hold against it.
+
+    Raises:
+        ValueError: the training split is too small for two.
+    """
+    num = config.num_samples
+    if 2 * num > len(train_set):
+        raise ValueError(
+            f"eval.num_samples={num}: two disjoint sets of real images are needed, but the train split has "
+            f"{len(train_set)}; set --eval.num_samples={len(train_set) // 2} or less"
+        )
+    order = draw_indices(np.arange(len(train_set)), 2 * num, seed=0)
+    halves = [
+        judge(extractors, _images(train_set, part, config.batch_size), device=device, total=num, title=f"real/{name}")
+        for name, part in (("reference", order[:num]), ("control", order[num:]))
+    ]
+    return halves[0], halves[1]
+
+
+def score_real(control: Judged, reference: Judged, extractors: Sequence[Extractor], *, main: str, train_set: ImageSet) -> list[Record]:
+    """What real images score against other real images: the best that a generator can hope for at this number."""
+    facts = {"size": train_set.size, "crop": "adm_center", "data": train_set.identity()}
+    return sample_scores("real", control, reference, extractors, main=main, facts=facts)
+
+
+def score_samples(
+    folder: Path,
+    reference: Judged,
+    extractors: Sequence[Extractor],
+    *,
+    config: EvalConfig,
+    train_set: ImageSet,
+    device: torch.device,
+    main: str,
+    weights: str,
+) -> list[Record]:
+    """All scores of the samples in a folder; `weights` says EMA or raw."""
+    told = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
+    num, family = config.num_samples, told["family"]
+    batches = png_batches(folder, num, size=train_set.size, batch_size=config.batch_size)
+    made = judge(extractors, batches, device=device, total=num, title=f"judge/{family}")
+    labels, seeds = torch.tensor(told["labels"][:num]), told["seeds"][:num]
+    facts: dict[str, Any] = {
+        "size": train_set.size,
+        "crop": "adm_center",
+        "data": train_set.identity(),
+        "subject": {
+            **{key: told[key] for key in ("generator", "tokenizer", "settings")},
+            "seeds": [seeds[0], seeds[-1]],
+            "labels": torch.bincount(labels + 1).tolist(),
+            "weights": weights,
+        },
+    }
+    records = sample_scores(family, made, reference, extractors, main=main, facts=facts)
+    judge_of_classes = next((each for each in extractors if each.name == "classifier"), None)
+    if judge_of_classes is not None and int(labels.min()) >= 0:
+        records.append(class_accuracy(family, made, labels, judge_of_classes, facts=facts))
+    return records
+
+
+def score_likelihood(
+    generator: Any, tokenizer: Tokenizer, test_set: ImageSet, *, batch_size: int, device: torch.device, weights: str
+) -> Record:
+    """nll: negative log likelihood of the test images' codes given their labels, in nats per code."""
+    values = []
+    with exact_products():
+        for batch in test_set.in_order(batch_size):
+            labels = batch["labels"] if generator.num_classes else torch.full_like(batch["labels"], -1)
+            codes = tokenizer.encode(batch["images"].to(device))         # [B, T]
+            values.append(generator.nll(codes, labels.to(device)).cpu() / codes.shape[1])
+    estimate = mean_of(torch.cat(values))
+    stated = protocol(
+        settings={"unit": "nats per code", "tokenizer": tokenizer.fingerprint, "labels": bool(generator.num_classes)},
+        reference=test_set.identity().get("digest"),
+        num_real=sum(len(part) for part in values),
+        size=test_set.size,
+        crop="adm_center",
+        data=test_set.identity(),
+        subject={"generator": generator.fingerprint, "weights": weights},
+    )
+    return record("nll", "autoregressive", estimate, n=stated["num_real"], protocol=stated)
+
+
+def weights_kind(config: Any) -> str:
+    """Which weights a stage saved: `ema 0.999`, or `raw`."""
+    return f"ema {config.train.ema}" if config.train.ema else "raw"
+
+
+def _images(images: ImageSet, indices: np.ndarray, batch_size: int) -> Iterator[Tensor]:
+    return (batch["images"] for batch in drawn_batches(images, indices, batch_size))
+
+
+def _has_samples(
+    folder: Path, *, run: RunConfig, config: AutoregressiveConfig | DiffusionConfig, family: str, num: int
+) -> bool:
+    """Whether the first `num` samples in the folder are what sampling now would give."""
+    path = folder / "samples.json"
+    if not path.is_file():
+        return False
+    told, generator = json.loads(path.read_text(encoding="utf-8")), load_generator(run.folder, family)
+    wish, classes = to_dict(config.sample), generator.num_classes
+    turns = [index % classes if classes else -1 for index in range(num)]
+    return bool(
+        told["generator"] == generator.fingerprint
+        and told["tokenizer"] == load_tokenizer(run.folder).fingerprint
+        and all(wish.get(key) == value for key, value in told["settings"].items())
+        and told["labels"][:num] == turns
+        and len(told["seeds"]) >= num
+    )

@@ -1,0 +1,217 @@
+"""The door: score whatever a run has, print a table, and keep the records in eval/metrics.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from engine.checkpoint import write_json
+from engine.config import DataConfig, RunConfig
+from engine.device import Device
+from engine.images import ImageSet
+from engine.sources import open_images
+from eval.classifier import Classifier, train_classifier
+from eval.config import EvalConfig
+from eval.features import Extractor, open_features
+from eval.generator_scores import ensure_samples, real_halves, score_likelihood, score_real, score_samples, weights_kind
+from eval.protocol import Record, merge_scores
+from eval.taps import (
+    Representation,
+    generator_representation,
+    pixel_representation,
+    probe_representation,
+    tokenizer_representation,
+)
+from eval.tokenizer_scores import score_tokenizer
+from generator.config import AutoregressiveConfig, DiffusionConfig
+from generator.sample import load_generator
+from tokenizer.config import TokenizerConfig
+from tokenizer.model import Tokenizer, load_tokenizer
+
+Part = Literal["fid", "reconstruction", "probe"]
+GeneratorConfig = AutoregressiveConfig | DiffusionConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is scored, and with what."""
+
+    run: RunConfig
+    config: EvalConfig
+    train_set: ImageSet
+    test_set: ImageSet
+    tokenizer_config: TokenizerConfig
+    families: dict[str, GeneratorConfig]
+    device: Device
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The run's tokenizer on the device."""
+        return load_tokenizer(self.run.folder).to(self.device.device)
+
+    def generator(self, family: str) -> Any:
+        """A generator of the run on the device."""
+        return load_generator(self.run.folder, family).to(self.device.device)
+
+
+def evaluate(
+    *,
+    run: RunConfig,
+    data: DataConfig,
+    tokenizer: TokenizerConfig,
+    autoregressive: AutoregressiveConfig | None,
+    diffusion: DiffusionConfig | None,
+    eval: EvalConfig,
+    device: Device,
+    only: Part | None = None,
+) -> list[Record]:
+    """Score what the run has trained, merge the records into run.folder/eval/metrics.json, print and return them.
+
+    `only` limits the work: fid (samples, and the likelihood of the autoregressive model), reconstruction (the
+    tokenizer) or probe (which also writes eval/probe.json). Samples and the classifier are made where they are missing.
+    Every process of a run must call it; all but the first get an empty list.
+
+    Raises:
+        ValueError: no trained tokenizer, missing weights, too few images, or a section that does not fit the run.
+    """
+    if only not in (None, "fid", "reconstruction", "probe"):
+        raise ValueError(f"only={only!r} must be fid, reconstruction or probe")
+    subject = Subject(
+        run=run,
+        config=eval,
+        train_set=open_images(data, "train"),
+        test_set=open_images(data, "test"),
+        tokenizer_config=tokenizer,
+        families=_trained(run.folder, {"autoregressive": autoregressive, "diffusion": diffusion}),
+        device=device,
+    )
+    parts = [only] if only else ["reconstruction", "fid", "probe"]
+    extractors = [] if only == "probe" else open_extractors(subject)
+    folders = _samples(subject) if "fid" in parts else {}
+    records: list[Record] = []
+    if device.is_main:
+        for part in parts:
+            found = _score(part, subject, extractors, folders)
+            merge_scores(run.folder / "eval" / "metrics.json", found)
+            records += found
+        print(table(records))
+    device.barrier()
+    return records
+
+
+def open_extractors(subject: Subject) -> list[Extractor]:
+    """The extractors of eval.features on the device; trains the classifier if it is asked for and not there yet."""
+    config, network = subject.config, None
+    if "classifier" in config.features:
+        network, _ = _classifier(subject)
+    opened = [open_features(spec, inception_weights=config.inception_weights, classifier=network) for spec in config.features]
+    names = [extractor.name for extractor in opened]
+    if len(set(names)) < len(names):
+        raise ValueError(f"eval.features gives two judges one name ({', '.join(names)}): rename a weights file")
+    return [extractor.to(subject.device.device) for extractor in opened]
+
+
+def table(records: Sequence[Record]) -> str:
+    """Records as aligned lines: subject, score, value, 95 % interval, number of images."""
+    rows = [("subject", "score", "value", "95 % interval", "images")]
+    for entry in records:
+        low_high = entry["interval"]
+        interval = f"{low_high[0]:.4g} .. {low_high[1]:.4g}" if low_high else ""
+        name = f"{entry['name']} at {entry['tap']}" if "tap" in entry else entry["name"]
+        if entry["name"] in ("kid", "precision", "recall"):
+            name += f" ({entry['protocol']['features']['name']})"
+        rows.append((entry["subject"], name, f"{entry['value']:.4g}", interval, str(entry["n"])))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _score(part: str, subject: Subject, extractors: Sequence[Extractor], folders: dict[str, Path]) -> list[Record]:
+    if part == "reconstruction":
+        return score_tokenizer(
+            subject.tokenizer,
+            subject.test_set,
+            extractors,
+            config=subject.config,
+            device=subject.device.device,
+            weights=weights_kind(subject.tokenizer_config),
+        )
+    return _score_generators(subject, extractors, folders) if part == "fid" else _probe(subject)
+
+
+def _score_generators(subject: Subject, extractors: Sequence[Extractor], folders: dict[str, Path]) -> list[Record]:
+    config, device, train_set = subject.config, subject.device.device, subject.train_set
+    main = extractors[config.features.index(config.main_features)].name
+    reference, control = real_halves(train_set, extractors, config=config, device=device)
+    records = score_real(control, reference, extractors, main=main, train_set=train_set)
+    for family, folder in folders.items():
+        weights = weights_kind(subject.families[family])
+        records += score_samples(
+            folder, reference, extractors, config=config, train_set=train_set, device=device, main=main, weights=weights
+        )
+        if family == "autoregressive":
+            models = subject.generator(family), subject.tokenizer
+            records.append(
+                score_likelihood(
+                    *models, subject.test_set, batch_size=config.batch_size, device=device, weights=weights
+                )
+            )
+    return records
+
+
+def _probe(subject: Subject) -> list[Record]:
+    """Probe every family that the run has, and write the curves to eval/probe.json."""
+    if len(set(subject.train_set.labels.tolist()) - {-1}) < 2:
+        print("probe left out: the images have no labels of at least two classes")
+        return []
+    records, curve = [], []
+    for representation in _representations(subject):
+        entry, rows = probe_representation(
+            representation,
+            subject.config.probe,
+            train_set=subject.train_set,
+            test_set=subject.test_set,
+            batch_size=subject.config.batch_size,
+            device=subject.device.device,
+        )
+        records.append(entry)
+        curve += rows
+    write_json(subject.run.folder / "eval" / "probe.json", {"protocol": records[0]["protocol"], "curve": curve})
+    return records
+
+
+def _representations(subject: Subject) -> list[Representation]:
+    tokenizer, wanted = subject.tokenizer, subject.config.probe.families
+    found = [pixel_representation(), tokenizer_representation(tokenizer)]
+    found += [generator_representation(subject.generator(family), tokenizer) for family in subject.families]
+    return [representation for representation in found if representation.family in wanted]
+
+
+def _classifier(subject: Subject) -> tuple[Classifier, dict[str, Any]]:
+    return train_classifier(
+        subject.config.classifier,
+        train_set=subject.train_set,
+        test_set=subject.test_set,
+        run=subject.run,
+        device=subject.device,
+    )
+
+
+def _samples(subject: Subject) -> dict[str, Path]:
+    num, device = subject.config.num_samples, subject.device
+    return {
+        family: ensure_samples(run=subject.run, config=config, family=family, num=num, device=device)
+        for family, config in subject.families.items()
+    }
+
+
+def _trained(folder: Path, sections: dict[str, GeneratorConfig | None]) -> dict[str, GeneratorConfig]:
+    """The families that the YAML has and the run has trained."""
+    found = {}
+    for family, config in sections.items():
+        if config is not None and (folder / family / "model.json").exists():
+            found[family] = config
+        elif config is not None:
+            print(f"{family} left out: {folder / family} holds no finished generator yet")
+    return found

@@ -1,0 +1,225 @@
+"""VIM and the generator around it: causality, caches, seeds, labels, sizes, learning."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from engine.config import to_dict
+from generator.autoregressive import VIM, Autoregressive
+from generator.config import AutoregressiveConfig, AutoregressiveModelConfig
+
+MODEL = AutoregressiveModelConfig(preset="tiny", depth=2, width=32, heads=4, dropout=0.0)
+CARD = {
+    "config": {"model": to_dict(MODEL)}, "num_classes": 3, "class_names": ["a", "b", "c"], "grid": [2, 4],
+    "vocab_size": 11, "tokenizer_fingerprint": "t", "fingerprint": "g",
+}  # fmt: skip
+VOCAB, LENGTH = 11, 8
+
+
+def sharp_network(model: AutoregressiveModelConfig = MODEL, num_classes: int = 3) -> VIM:
+    """An untrained network with large weights, so that its distributions are far from uniform."""
+    torch.manual_seed(0)
+    network = VIM(model, vocab_size=VOCAB, length=LENGTH, num_classes=num_classes).eval()
+    for parameter in network.parameters():
+        parameter.data.mul_(8 if parameter.ndim == 2 else 1)
+    return network
+
+
+@pytest.fixture
+def generator() -> Autoregressive:
+    return Autoregressive(sharp_network(), CARD).eval()
+
+
+@pytest.fixture
+def codes() -> torch.Tensor:
+    return torch.randint(VOCAB, (4, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+LABELS = torch.tensor([0, 1, 2, 3])
+
+
+def test_logits_of_a_code_see_the_label_and_earlier_codes_alone(generator: Autoregressive, codes: torch.Tensor) -> None:
+    before = generator.network(codes, LABELS)
+    assert before.shape == (4, LENGTH, VOCAB)
+    changed = codes.clone()
+    changed[:, 3:] = (changed[:, 3:] + 1) % VOCAB
+    after = generator.network(changed, LABELS)
+    torch.testing.assert_close(after[:, :4], before[:, :4])
+    assert not torch.allclose(after[:, 4:], before[:, 4:], atol=1e-2)
+    relabelled = generator.network(codes, LABELS.flip(0))
+    assert ((relabelled - before).abs().amax((1, 2)) > 1e-2).all()
+    assert ((relabelled - before).abs().amax((0, 2)) > 1e-2).all()
+
+
+@pytest.mark.parametrize("given", [0, 3])
+def test_cached_logits_equal_full_forward_logits(generator: Autoregressive, codes: torch.Tensor, given: int) -> None:
+    network, position = generator.network, torch.arange(LENGTH)
+    caches = network.caches(len(codes))
+    cached = [network.advance(codes[:, :given], LABELS, position[: given + 1], caches)]
+    for step in range(given + 1, LENGTH):
+        cached.append(network.advance(codes[:, step - 1 : step], None, position[step : step + 1], caches))
+    full = network(codes, LABELS)
+    torch.testing.assert_close(torch.stack(cached, dim=1), full[:, given:])
+
+
+def test_greedy_samples_are_the_argmax_of_the_full_forward(generator: Autoregressive) -> None:
+    labels = torch.tensor([0, 1, 2])
+    codes = generator.sample(labels, [0, 1, 2], temperature=0)
+    assert torch.equal(codes, generator.network(codes, labels).argmax(-1))
+
+
+@pytest.mark.parametrize("settings", [{}, {"guidance": 2.0}, {"top_k": 5, "top_p": 0.9, "guidance": 1.5}])
+def test_a_sample_depends_on_its_seed_and_label_alone(generator: Autoregressive, settings: dict) -> None:
+    labels, seeds = torch.arange(9) % 3, list(range(100, 109))
+    together = generator.sample(labels, seeds, **settings)
+    parts = ([0], [1, 2, 3], [8, 7])
+    pieces = [generator.sample(labels[rows], [seeds[row] for row in rows], **settings) for rows in parts]
+    assert torch.equal(torch.cat(pieces), together[[0, 1, 2, 3, 8, 7]])
+    assert len(together.unique(dim=0)) > 5
+
+
+def test_guidance_one_is_plain_sampling_and_more_follows_the_formula(generator: Autoregressive) -> None:
+    labels, seeds = torch.tensor([0, 1, 2]), [5, 6, 7]
+    assert torch.equal(generator.sample(labels, seeds, guidance=1.0), generator.sample(labels, seeds))
+    codes = generator.sample(labels, seeds, temperature=0, guidance=3.0)
+    conditional, null = generator.network(codes, labels), generator.network(codes, torch.full((3,), 3))
+    assert torch.equal((null + 3 * (conditional - null)).argmax(-1), codes)
+
+
+def test_a_prefix_is_kept_and_continued_as_the_sample_would_go_on(generator: Autoregressive) -> None:
+    labels, seeds = torch.tensor([0, 1]), [5, 6]
+    codes = generator.sample(labels, seeds)
+    assert torch.equal(generator.sample(labels, seeds, prefix=codes[:, :5]), codes)
+    with pytest.raises(ValueError, match=r"prefix of shape \(2, 8\)"):
+        generator.sample(labels, seeds, prefix=codes)
+
+
+def test_no_label_means_the_null_label(generator: Autoregressive) -> None:
+    assert torch.equal(generator.sample(None, [1, 2]), generator.sample(torch.tensor([-1, -1]), [1, 2]))
+    assert not torch.equal(generator.sample(None, [1, 2]), generator.sample(torch.tensor([0, 0]), [1, 2]))
+
+
+def test_wrong_labels_and_codes_are_named_with_their_range(generator: Autoregressive, codes: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"label 3 must be 0 \.\. 2"):
+        generator.sample(torch.tensor([0, 3]), [0, 1])
+    with pytest.raises(ValueError, match="1 labels for 2 samples"):
+        generator.sample(torch.tensor([0]), [0, 1])
+    with pytest.raises(ValueError, match=r"code 11 is out of the vocabulary 0 \.\. 10"):
+        generator.features(torch.full_like(codes, 11), "block_1")
+    with pytest.raises(ValueError, match=r"code -1 is out of the vocabulary 0 \.\. 10"):
+        generator.nll(torch.full_like(codes, -1), LABELS - 1)
+    with pytest.raises(ValueError, match="T at most 8"):
+        generator.features(codes.repeat(1, 2), "block_1")
+    with pytest.raises(ValueError, match="tap='block_9' must be one of block_1, block_2"):
+        generator.features(codes, "block_9")
+
+
+def test_an_unconditional_generator_knows_one_start_token(codes: torch.Tensor) -> None:
+    generator = Autoregressive(sharp_network(num_classes=0), CARD | {"num_classes": 0, "class_names": []}).eval()
+    assert generator.network.label_embedding.num_embeddings == 1
+    assert generator.sample(None, [0, 1]).shape == (2, LENGTH)
+    torch.testing.assert_close(generator.nll(codes, LABELS), generator.nll(codes, torch.full((4,), -1)))
+    with pytest.raises(ValueError, match=r"guidance=2\.0"):
+        generator.sample(None, [0], guidance=2.0)
+    with pytest.raises(ValueError, match="knows no classes"):
+        generator.sample(torch.tensor([0]), [0])
+
+
+def test_guidance_needs_a_trained_null_label() -> None:
+    config = to_dict(AutoregressiveModelConfig(preset="tiny", label_dropout=0.0))
+    generator = Autoregressive(sharp_network(), CARD | {"config": {"model": config}})
+    with pytest.raises(ValueError, match="label_dropout above 0"):
+        generator.sample(torch.tensor([0]), [0], guidance=2.0)
+
+
+def test_features_average_the_stream_after_a_block(generator: Autoregressive, codes: torch.Tensor) -> None:
+    caught = []
+    handle = generator.network.blocks[0].register_forward_hook(lambda *args: caught.append(args[2]))
+    generator.network(codes, torch.full((4,), 3))
+    handle.remove()
+    features = generator.features(codes, "block_1")
+    assert features.shape == (4, 32)
+    torch.testing.assert_close(features, caught[0].mean(1))
+    assert not torch.allclose(features, generator.features(codes, "block_2"))
+
+
+def test_nll_is_the_summed_cross_entropy(generator: Autoregressive, codes: torch.Tensor) -> None:
+    labels = torch.tensor([0, 1, 2, -1])
+    logits = generator.network(codes, LABELS)
+    expected = [F.cross_entropy(row, target, reduction="sum") for row, target in zip(logits, codes, strict=True)]
+    torch.testing.assert_close(generator.nll(codes, labels), torch.stack(expected))
+
+
+def test_likelihoods_of_all_sequences_sum_to_one() -> None:
+    torch.manual_seed(0)
+    network = VIM(MODEL, vocab_size=3, length=4, num_classes=1).eval()
+    card = CARD | {"num_classes": 1, "class_names": ["a"]}
+    every = torch.cartesian_prod(*[torch.arange(3)] * 4)
+    nats = Autoregressive(network, card).nll(every, torch.zeros(len(every), dtype=torch.int64))
+    assert float((-nats.double()).exp().sum()) == pytest.approx(1, abs=1e-5)
+
+
+def test_from_card_rebuilds_the_network(generator: Autoregressive, codes: torch.Tensor) -> None:
+    rebuilt = Autoregressive.from_card(CARD, generator.network.state_dict())
+    assert (rebuilt.fingerprint, rebuilt.tokenizer_fingerprint, rebuilt.num_classes) == ("g", "t", 3)
+    assert not rebuilt.training
+    assert torch.equal(rebuilt.network(codes, LABELS), generator.network(codes, LABELS))
+
+
+def test_dropout_is_off_in_eval_mode(codes: torch.Tensor) -> None:
+    network = sharp_network(AutoregressiveModelConfig(preset="tiny", depth=1, width=32, heads=4, dropout=0.3)).train()
+    assert not torch.equal(network(codes, LABELS), network(codes, LABELS))
+    network.eval()
+    assert torch.equal(network(codes, LABELS), network(codes, LABELS))
+
+
+@pytest.mark.parametrize("preset", ["tiny", "mini", "small", "base", "vim-base", "vim-large"])
+def test_presets_have_the_parameters_of_their_shape(preset) -> None:
+    model = AutoregressiveModelConfig(preset=preset)
+    depth, width, _ = model.shape
+    with torch.device("meta"):
+        network = VIM(model, vocab_size=8192, length=1024, num_classes=1000)
+    block = 12 * width**2 + 13 * width
+    tables = (8192 + 1024 + 1001 + 8192) * width + 2 * width
+    assert sum(parameter.numel() for parameter in network.parameters()) == depth * block + tables
+
+
+@pytest.mark.parametrize(("preset", "millions"), [("vim-base", 650), ("vim-large", 1697)])
+def test_vim_presets_are_near_the_papers_sizes(preset, millions: int) -> None:
+    depth, width, _ = AutoregressiveModelConfig(preset=preset).shape
+    assert 12 * depth * width**2 / 1e6 == pytest.approx(millions, rel=0.1)
+
+
+def test_single_numbers_replace_those_of_a_preset() -> None:
+    assert AutoregressiveModelConfig(preset="vim-base", depth=3).shape == (3, 1536, 16)
+    with pytest.raises(ValueError, match=r"model\.width=30 must be a multiple of autoregressive\.model\.heads=4"):
+        AutoregressiveModelConfig(preset="tiny", width=30)
+    with pytest.raises(ValueError, match=r"autoregressive\.model\.depth=0"):
+        AutoregressiveModelConfig(depth=0)
+
+
+def test_it_learns_a_few_sequences_by_heart(codes: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    network = VIM(MODEL, vocab_size=VOCAB, length=LENGTH, num_classes=4)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
+    for _ in range(60):
+        loss = F.cross_entropy(network(codes, LABELS).flatten(0, 1), codes.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05 < math.log(VOCAB)
+    generator = Autoregressive(network.eval(), CARD | {"num_classes": 4, "class_names": list("abcd")})
+    assert torch.equal(generator.sample(LABELS, [0, 0, 0, 0]), codes)
+
+
+@pytest.mark.slow
+def test_the_compiled_step_gives_the_same_samples(generator: Autoregressive) -> None:
+    labels, seeds = torch.tensor([0, 1]), [1, 2]
+    assert torch.equal(generator.sample(labels, seeds, compile=True), generator.sample(labels, seeds))
+
+
+def test_defaults_are_the_papers() -> None:
+    config = AutoregressiveConfig()
+    assert (config.model.dropout, config.train.betas, config.sample.temperature) == (0.1, (0.9, 0.96), 1.0)
