@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DRAWS = 4  # uniform numbers per sample for augmentation: horizontal and vertical place, flip or view, scale
+DRAWS = 4  # uniform numbers per sample for augmentation; each source says which it uses for what
 
 
 class Source(Protocol):

@@ -41,7 +41,7 @@ def _load_hub(path: str, name: str | None, key: str) -> dict[str, Any]:
     saved = any((Path(path) / mark).is_file() for mark in ("dataset_dict.json", "state.json"))
     try:
         loaded = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, name)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"{key}={path}: {error}; give a hub name that can be reached, or a local copy") from error
     return {"all": loaded} if isinstance(loaded, datasets.Dataset) else dict(loaded)
 

@@ -22,6 +22,8 @@ REMEDY = "run `tokenloom encode` again"
 class ShardWriter:
     """Appends rows to this process's part files in `<folder>.partial`; `close` renames that to `folder`.
 
+    Used in a `with` block, so that an error leaves no file open; what was not closed by `close` is never read.
+
     Args:
         views: names of the V versions of each image, such as ("original", "flip").
         vocab_size: number of codes, which chooses uint16 or int32; None if no codes are written.
@@ -48,6 +50,12 @@ class ShardWriter:
             self._partial.mkdir(parents=True)
         barrier()
 
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._close_columns()
+
     def append(self, *, labels: Tensor, codes: Tensor | None = None, latents: Tensor | None = None) -> None:
         """Adds B rows: labels int64 [B], codes int64 [B, V, T], latents float [B, V, C, h, w] stored as float16.
 
@@ -65,9 +73,7 @@ class ShardWriter:
             if len(values) != len(labels) or (kind != "labels" and values.shape[1] != len(self._views)):
                 raise ValueError(f"{kind} {values.shape}: expected {len(labels)} rows of {len(self._views)} views")
         if self._columns and self._columns.keys() != rows.keys():
-            raise ValueError(
-                f"rows hold {sorted(rows)}, earlier ones {sorted(self._columns)}; hand over the same kinds"
-            )
+            raise ValueError(f"rows hold {sorted(rows)}, earlier ones {sorted(self._columns)}; append the same kinds")
         for kind, values in rows.items():
             if kind not in self._columns:
                 self._columns[kind] = GrowingArray(self._partial / self._file_name(kind), values)

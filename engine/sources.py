@@ -116,9 +116,10 @@ def _folder_roots(config: DataConfig) -> dict[str, Path]:
 
 def _class_folders(root: Path, key: str) -> tuple[str, ...]:
     """Sorted names of the subfolders that hold images; none if the images lie in the root itself."""
-    folders = sorted(e.name for e in root.iterdir() if e.is_dir() and not e.name.startswith("."))
+    entries = _sorted_entries(root)
+    folders = [entry.name for entry in entries if entry.is_dir()]
     classes = tuple(name for name in folders if next(_walk(root / name), None) is not None)
-    loose = next((entry.name for entry in os.scandir(root) if _is_image(entry)), None)
+    loose = next((entry.name for entry in entries if _is_image(entry)), None)
     if classes and loose:
         raise ValueError(f"{key}={root}: {loose} lies beside class folders such as {classes[0]}; move it away")
     if not classes and not loose:
@@ -127,18 +128,22 @@ def _class_folders(root: Path, key: str) -> tuple[str, ...]:
 
 
 def _walk(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """Image files under `folder`, in sorted order; hidden files and folders are left out."""
-    with os.scandir(folder) as entries:
-        ordered = sorted(entries, key=lambda entry: entry.name)
-    for entry in ordered:
-        if entry.is_dir() and not entry.name.startswith("."):
+    """Image files under `folder`, in sorted order."""
+    for entry in _sorted_entries(folder):
+        if entry.is_dir():
             yield from _walk(Path(entry.path))
         elif _is_image(entry):
             yield entry
 
 
+def _sorted_entries(folder: Path) -> list[os.DirEntry[str]]:
+    """Files and folders that are not hidden."""
+    with os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+
+
 def _is_image(entry: os.DirEntry[str]) -> bool:
-    return entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.name.startswith(".") and entry.is_file()
+    return entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file()
 
 
 def _list_files(root: Path, classes: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray, list[str]]:

@@ -139,7 +139,8 @@ def label_names(values: Iterable[Any]) -> tuple[str, ...]:
     texts = {value for value in known if isinstance(value, str)}
     if texts and texts != known:
         raise ValueError(f"labels mix strings such as {min(texts)!r} with numbers; correct them or data.label_column")
-    return tuple(sorted(texts)) or tuple(str(i) for i in range(1 + max(known, default=-1)))
+    largest = max((value for value in known if isinstance(value, int)), default=-1)
+    return tuple(sorted(texts)) or tuple(str(number) for number in range(largest + 1))
 
 
 def digest(*parts: bytes | str | np.ndarray) -> str:

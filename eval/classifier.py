@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ def load_classifier(folder: Path, *, num_classes: int, device: Device) -> tuple[
     card, weights = load_model(folder)
     if card.get("kind") != "classifier" or card["num_classes"] != num_classes:
         found = f"a {card.get('kind')!r} of {card.get('num_classes')} classes"
-        raise ValueError(f"eval.classifier: {folder} holds {found}; the data set needs a classifier of {num_classes} classes")
+        raise ValueError(f"eval.classifier: {folder} holds {found}; the data set needs one of {num_classes} classes")
     network = Classifier(tuple(card["config"]["classifier"]["widths"]), num_classes)
     network.load_state_dict(weights)
     return network.eval().requires_grad_(False).to(device.device), card
@@ -178,15 +179,13 @@ def _train(
         score = accuracy(network.eval(), test_set, batch_size=256, device=torch.device("cpu"))
         low, high = score.interval or (score.value, score.value)
         print(f"classifier: {score.value:.2%} of the test images right ({low:.2%} to {high:.2%})")
-        card = {"kind": "classifier", "config": identity, "num_classes": num_classes}
-        save_model(folder, weights["classifier"], {**card, "accuracy": score.value, "accuracy_interval": score.interval})
+        card = {"kind": "classifier", "config": identity, "num_classes": num_classes, "accuracy": score.value}
+        save_model(folder, weights["classifier"], {**card, "accuracy_interval": score.interval})
     device.barrier()
 
 
 def _judge_run(run: RunConfig, config: ClassifierConfig) -> RunConfig:
     """The judge's seed is its own, so that runs with different seeds are scored by the same network."""
-    from dataclasses import replace
-
     return replace(run, seed=config.seed, tensorboard=False)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from engine.config import TrainConfig
@@ -18,8 +18,10 @@ class ClassifierConfig:
     """Training images are moved by up to so many pixels."""
     seed: int = 0
     """Seed of weights and data order; apart from run.seed, so that runs with other seeds have the same judge."""
-    train: TrainConfig = TrainConfig(
-        steps=300, learning_rate=2e-3, weight_decay=0.02, warmup_steps=20, ema=0.98, log_every=100, preview_every=0
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            steps=300, learning_rate=2e-3, weight_decay=0.02, warmup_steps=20, ema=0.98, log_every=100, preview_every=0
+        )
     )
     """How the classifier is trained."""
 
@@ -64,9 +66,9 @@ class EvalConfig:
     """Images per forward pass."""
     num_reconstructions: int = 0
     """Test images to reconstruct at most; 0 takes all."""
-    classifier: ClassifierConfig = ClassifierConfig()
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     """The classifier behind the classifier features and class_accuracy."""
-    probe: ProbeConfig = ProbeConfig()
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     """The linear probe."""
 
     def __post_init__(self) -> None:

@@ -30,7 +30,8 @@ def frechet_to(reference: Gaussian) -> Callable[[Gaussian], float]:
 
     def distance(other: Gaussian) -> float:
         if other.mu.shape != reference.mu.shape:
-            raise ValueError(f"Frechet distance between {len(other.mu)} and {len(reference.mu)} dimensions: not the same features")
+            sizes = f"{len(other.mu)} and {len(reference.mu)}"
+            raise ValueError(f"Frechet distance between {sizes} dimensions: not the same features")
         shift = (other.mu - reference.mu).square().sum()
         overlap = torch.linalg.svdvals(_root(other.sigma) @ root).sum()
         return max(0.0, float(shift + other.sigma.trace() + reference.sigma.trace() - 2 * overlap))
@@ -48,7 +49,7 @@ def frechet_distance(generated: Tensor, reference: Gaussian) -> Estimate:
 
 
 def kernel_distance(generated: Tensor, real: Tensor) -> Estimate:
-    """Unbiased squared MMD with the kernel (x.y / D + 1)^3: KID when the features are Inception's (Binkowski et al. 2018).
+    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018); on Inception features this is KID.
 
     Over all pairs, not the mean over random subsets: same expectation, less variance. The interval is over both draws.
     """
@@ -65,7 +66,7 @@ def kernel_distance(generated: Tensor, real: Tensor) -> Estimate:
 
 
 def precision_recall(generated: Tensor, real: Tensor, *, k: int = 3) -> tuple[Estimate, Estimate]:
-    """Improved precision and recall (Kynkaanniemi et al. 2019): shares inside the other set's k-nearest-neighbour balls.
+    """Improved precision and recall: the share inside the other set's k-neighbour balls (Kynkaanniemi et al. 2019).
 
     Each interval holds the balls fixed.
 
@@ -73,7 +74,8 @@ def precision_recall(generated: Tensor, real: Tensor, *, k: int = 3) -> tuple[Es
         ValueError: a set with no more than k vectors.
     """
     if min(len(generated), len(real)) <= k:
-        raise ValueError(f"precision and recall with k={k} need more than {k} images per set, got {len(generated)}, {len(real)}")
+        sizes = f"{len(generated)} and {len(real)}"
+        raise ValueError(f"precision and recall with k={k} need more than {k} images on each side, got {sizes}")
     x, y = generated.double(), real.double()
     return _inside(x, y, _radii(y, k)), _inside(y, x, _radii(x, k))
 
@@ -127,8 +129,8 @@ def _radii(points: Tensor, k: int) -> Tensor:
 
 
 def _inside(points: Tensor, centres: Tensor, radii: Tensor) -> Estimate:
-    hits = sum(int((torch.cdist(rows, centres) <= radii).any(1).sum()) for rows in points.split(1024))
-    return proportion(hits, len(points))
+    inside = torch.cat([(torch.cdist(rows, centres) <= radii).any(1) for rows in points.split(1024)])  # [N]
+    return proportion(int(inside.sum()), len(points))
 
 
 def _exp_divergence(log_p: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +68,11 @@ class RandomFeatures(Extractor):
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        widths = (3, 32, 64, 64)
-        self.convs = nn.ModuleList(
-            nn.utils.skip_init(nn.Conv2d, a, b, 3, stride=2, padding=1, bias=False)
-            for a, b in zip(widths, widths[1:], strict=False)
-        )
-        for conv in self.convs:
+        self.convs = nn.ModuleList()
+        for inputs, outputs in itertools.pairwise((3, 32, 64, 64)):
+            conv = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
             nn.init.kaiming_normal_(conv.weight, generator=generator)
+            self.convs.append(conv)
         self.weights = weights_hash(self)
 
     def outputs(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -93,7 +92,8 @@ class InceptionFeatures(Extractor):
         path = inception_file(weights)
         self.weights = sha256(path)
         if INCEPTION_HASH in path.name and not self.weights.startswith(INCEPTION_HASH):
-            raise ValueError(f"{path}: sha256 starts with {self.weights[:8]}, not {INCEPTION_HASH}: cut or altered; fetch it again")
+            found = self.weights[:8]
+            raise ValueError(f"{path}: sha256 starts with {found}, not {INCEPTION_HASH}: cut or altered; get it again")
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         # torch-fidelity unpickles without restraint, so it is given a copy of what a safe load has let through.
@@ -120,14 +120,14 @@ class TimmFeatures(Extractor):
         self.size = size or settings["input_size"][-1]
         self.name, self.weights = path.stem.replace("_", "-"), sha256(path)
         self.resize = f"bilinear antialiased to {self.size}; mean {settings['mean']}, std {settings['std']} of x / 255"
-        self.register_buffer("mean", torch.tensor(settings["mean"]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(settings["std"]).view(3, 1, 1), persistent=False)
+        self.mean, self.std = settings["mean"], settings["std"]
 
     def outputs(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         x = images.float() / 255
         if x.shape[-2:] != (self.size, self.size):
             x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
-        maps = self.network.forward_features((x - self.mean) / self.std)
+        mean, std = (x.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        maps = self.network.forward_features((x - mean) / std)
         features = self.network.forward_head(maps, pre_logits=True)     # [B, D]
         return features, self.network.get_classifier()(features) if self.network.num_classes else None
 
@@ -163,7 +163,7 @@ def open_features(
 
 
 def score_name(score: str, features: str) -> str:
-    """Name of a score under given features: fd -> fid, rfd -> rfid and is -> is for Inception, else <score>_<features>."""
+    """A score's name under given features: fd -> fid, rfd -> rfid, is -> is for Inception, else <score>_<features>."""
     assert score in ("fd", "rfd", "is")
     if features == "inception":
         return {"fd": "fid", "rfd": "rfid", "is": "is"}[score]
@@ -184,7 +184,7 @@ def inception_file(given: str | None) -> Path:
     looked = " and ".join(map(str, candidates))
     raise ValueError(
         f"FID needs the Inception weights, looked for at {looked}. Give a file with --eval.inception_weights=FILE "
-        f"(torch-fidelity's release v0.2.0 has {INCEPTION_FILES[0]}), or score with other --eval.features; nothing is downloaded"
+        f"({INCEPTION_FILES[0]} of torch-fidelity's release v0.2.0), or choose other --eval.features; nothing is fetched"
     )
 
 
@@ -226,9 +226,11 @@ def _timm_network(model: str, state: dict[str, Tensor], size: int | None) -> tup
 
     if not timm.is_model(model):
         raise ValueError(f"eval.features=timm:{model}: timm has no such model; `timm.list_models()` lists them")
-    settings = timm.get_pretrained_cfg(model).to_dict()
+    pretrained = timm.get_pretrained_cfg(model)
+    assert pretrained is not None
+    settings = pretrained.to_dict()
     head = state.get(f"{settings['classifier']}.weight")
-    flexible = {"dynamic_img_size": True} if settings.get("fixed_input_size") and size else {}
+    flexible: dict[str, Any] = {"dynamic_img_size": True} if settings.get("fixed_input_size") and size else {}
     network = timm.create_model(model, num_classes=0 if head is None else len(head), **flexible)
     try:
         network.load_state_dict(state)

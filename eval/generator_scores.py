@@ -19,6 +19,7 @@ from eval.features import Extractor
 from eval.judge import (
     Judged,
     class_accuracy,
+    data_facts,
     draw_indices,
     drawn_batches,
     exact_products,
@@ -68,10 +69,11 @@ def real_halves(
     return halves[0], halves[1]
 
 
-def score_real(control: Judged, reference: Judged, extractors: Sequence[Extractor], *, main: str, train_set: ImageSet) -> list[Record]:
+def score_real(
+    control: Judged, reference: Judged, extractors: Sequence[Extractor], *, main: str, train_set: ImageSet
+) -> list[Record]:
     """What real images score against other real images: the best that a generator can hope for at this number."""
-    facts = {"size": train_set.size, "crop": "adm_center", "data": train_set.identity()}
-    return sample_scores("real", control, reference, extractors, main=main, facts=facts)
+    return sample_scores("real", control, reference, extractors, main=main, facts=data_facts(train_set))
 
 
 def score_samples(
@@ -92,9 +94,7 @@ def score_samples(
     made = judge(extractors, batches, device=device, total=num, title=f"judge/{family}")
     labels, seeds = torch.tensor(told["labels"][:num]), told["seeds"][:num]
     facts: dict[str, Any] = {
-        "size": train_set.size,
-        "crop": "adm_center",
-        "data": train_set.identity(),
+        **data_facts(train_set),
         "subject": {
             **{key: told[key] for key in ("generator", "tokenizer", "settings")},
             "seeds": [seeds[0], seeds[-1]],
@@ -124,9 +124,7 @@ def score_likelihood(
         settings={"unit": "nats per code", "tokenizer": tokenizer.fingerprint, "labels": bool(generator.num_classes)},
         reference=test_set.identity().get("digest"),
         num_real=sum(len(part) for part in values),
-        size=test_set.size,
-        crop="adm_center",
-        data=test_set.identity(),
+        **data_facts(test_set),
         subject={"generator": generator.fingerprint, "weights": weights},
     )
     return record("nll", "autoregressive", estimate, n=stated["num_real"], protocol=stated)

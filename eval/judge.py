@@ -18,7 +18,7 @@ from engine.log import progress
 from eval.distances import frechet_distance, inception_score, kernel_distance, precision_recall
 from eval.features import Extractor, score_name
 from eval.protocol import Record, protocol, record
-from eval.statistics import Moments, proportion
+from eval.statistics import Gaussian, Moments, proportion
 
 PAIRWISE_IMAGES = 10_000  # kernel distance, precision and recall compare all pairs of at most so many images per side
 
@@ -77,8 +77,20 @@ def judge(
     return Judged(seen, digest.hexdigest()[:16], {name: _joined(rows) for name, rows in parts.items()})
 
 
+def data_facts(images: ImageSet) -> dict[str, Any]:
+    """What a protocol says of the data; size and crop must agree between two scores, the rest is told."""
+    told = images.identity()
+    return {"size": images.size, "crop": told.get("crop"), "data": told}
+
+
 def sample_scores(
-    subject: str, generated: Judged, real: Judged, extractors: Sequence[Extractor], *, main: str, facts: Mapping[str, Any]
+    subject: str,
+    generated: Judged,
+    real: Judged,
+    extractors: Sequence[Extractor],
+    *,
+    main: str,
+    facts: Mapping[str, Any],
 ) -> list[Record]:
     """Scores of generated images against real ones, per extractor; kid, precision and recall under the `main` one only.
 
@@ -89,12 +101,12 @@ def sample_scores(
         stated = dict(facts, features=extractor.identity(), reference=real.pixels)
         stated.update(num_real=real.n, num_generated=generated.n)
         mine, theirs = generated.outputs[extractor.name], real.outputs[extractor.name]
-        estimate = frechet_distance(mine.features, Moments.of(theirs.features).gaussian())
-        records.append(record(score_name("fd", extractor.name), subject, estimate, n=generated.n, protocol=protocol(**stated)))
+        name, estimate = score_name("fd", extractor.name), frechet_distance(mine.features, gaussian(theirs))
+        records.append(record(name, subject, estimate, n=generated.n, protocol=protocol(**stated)))
         if mine.logits is not None:
-            settings = {"splits": 10, "shuffle_seed": 0}
             name, estimate = score_name("is", extractor.name), inception_score(mine.logits)
-            records.append(record(name, subject, estimate, n=generated.n, protocol=protocol(**stated, settings=settings)))
+            splits = protocol(**stated, settings={"splits": 10, "shuffle_seed": 0})
+            records.append(record(name, subject, estimate, n=generated.n, protocol=splits))
         if extractor.name == main:
             records += _pairwise_scores(subject, mine.features, theirs.features, stated)
     return records
@@ -106,7 +118,7 @@ def reconstruction_distances(
     """rfid or rfd_<features>: reconstructions against the very images that they reconstruct."""
     records = []
     for extractor in extractors:
-        theirs = Moments.of(originals.outputs[extractor.name].features).gaussian()
+        name, theirs = score_name("rfd", extractor.name), gaussian(originals.outputs[extractor.name])
         estimate = frechet_distance(reconstructed.outputs[extractor.name].features, theirs)
         stated = protocol(
             **facts,
@@ -115,7 +127,7 @@ def reconstruction_distances(
             num_real=originals.n,
             num_generated=reconstructed.n,
         )
-        records.append(record(score_name("rfd", extractor.name), "tokenizer", estimate, n=reconstructed.n, protocol=stated))
+        records.append(record(name, "tokenizer", estimate, n=reconstructed.n, protocol=stated))
     return records
 
 
@@ -128,6 +140,11 @@ def class_accuracy(
     estimate = proportion(int((logits.argmax(1) == labels).sum()), generated.n)
     stated = protocol(**facts, features=extractor.identity(), num_generated=generated.n)
     return record("class_accuracy", subject, estimate, n=generated.n, protocol=stated)
+
+
+def gaussian(outputs: Outputs) -> Gaussian:
+    """Mean and covariance of the features."""
+    return Moments.of(outputs.features).gaussian()
 
 
 def draw_indices(candidates: np.ndarray, num: int, seed: int) -> np.ndarray:
@@ -160,7 +177,8 @@ def _read_png(path: Path, size: int) -> Tensor:
     except OSError as error:
         raise ValueError(f"{path}: not a readable image ({error}); delete its folder and sample again") from error
     if pixels.shape[:2] != (size, size):
-        raise ValueError(f"{path} has {pixels.shape[1]} x {pixels.shape[0]} pixels, but data.size={size}: sample again or set data.size")
+        found = f"{pixels.shape[1]} x {pixels.shape[0]}"
+        raise ValueError(f"{path} has {found} pixels, but data.size={size}: sample again or set data.size")
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -169,7 +187,8 @@ def _pairwise_scores(subject: str, mine: Tensor, theirs: Tensor, stated: Mapping
     stated = {**stated, "num_real": len(theirs), "num_generated": len(mine)}
     precision, recall = precision_recall(mine, theirs)
     kernel, balls = {"kernel": "(x.y / D + 1)^3", "pairs": "all"}, {"k": 3}
-    scores = (("kid", kernel_distance(mine, theirs), kernel), ("precision", precision, balls), ("recall", recall, balls))
+    kid = kernel_distance(mine, theirs)
+    scores = (("kid", kid, kernel), ("precision", precision, balls), ("recall", recall, balls))
     return [
         record(name, subject, estimate, n=len(mine), protocol=protocol(**stated, settings=settings))
         for name, estimate, settings in scores

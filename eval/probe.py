@@ -38,7 +38,9 @@ def standardise(train: Tensor, *others: Tensor) -> list[Tensor]:
     return [((x.double() - mean) * scale).float() for x in (train, *others)]
 
 
-def fit_logistic(features: Tensor, labels: Tensor, *, num_classes: int, c: float, start: Tensor | None = None) -> Tensor:
+def fit_logistic(
+    features: Tensor, labels: Tensor, *, num_classes: int, c: float, start: Tensor | None = None
+) -> Tensor:
     """Weights [D + 1, K] (last row: bias) of the minimum of sum of losses + ||W||^2 / (2 c), as scikit-learn's C."""
     x = torch.cat([features, features.new_ones(len(features), 1)], dim=1)          # [N, D + 1]
     weights = x.new_zeros(x.shape[1], num_classes) if start is None else start.clone()

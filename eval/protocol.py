@@ -24,9 +24,9 @@ Record = dict[str, Any]
 def protocol(**facts: Any) -> dict[str, Any]:
     """The record of a measurement, JSON-ready.
 
-    The keys of MATTERS make two scores alike: `features` (name, sha256 of weights, resize rule), `settings` of the score,
-    `size`, `crop`, `num_real`, `num_generated` and `reference` (content of the real images). Anything else, such as seeds,
-    sampler, guidance, EMA or raw weights, describes what was scored; it is kept and not compared.
+    The keys of MATTERS make two scores alike: `features` (name, sha256 of weights, resize rule), `settings` of the
+    score, `size`, `crop`, `num_real`, `num_generated` and `reference` (content of the real images). Anything else, such
+    as seeds, sampler, guidance, EMA or raw weights, describes what was scored; it is kept and not compared.
     """
     stated = {"judge": JUDGE, **{key: value for key, value in facts.items() if value is not None}}
     stated = json.loads(json.dumps(stated))
@@ -49,7 +49,8 @@ def record(
 ) -> Record:
     """One score. `n` is the number of images that it was taken over."""
     value, interval = estimate if isinstance(estimate, Estimate) else (estimate, None)
-    entry: Record = {"name": name, "subject": subject, "value": float(value), "interval": interval and list(interval), "n": n}
+    bounds = None if interval is None else [float(bound) for bound in interval]
+    entry: Record = {"name": name, "subject": subject, "value": float(value), "interval": bounds, "n": n}
     return {**entry, **({"tap": tap} if tap else {}), "protocol": protocol}
 
 
@@ -67,7 +68,7 @@ def read_scores(path: Path) -> list[Record]:
     except (json.JSONDecodeError, TypeError):
         whole = False
     if not whole:
-        raise ValueError(f"scores {path}: not a list of records with name, subject, value and protocol; `tokenloom eval` remakes it")
+        raise ValueError(f"scores {path}: not a list of name, subject, value and protocol; delete it and score again")
     return list(records)
 
 

@@ -1,4 +1,4 @@
-"""How well a tokenizer gives images back, and how much of its codebook it uses: pure functions of uint8 images and codes."""
+"""How well a tokenizer gives images back, and how much of its codebook it uses: functions of uint8 images and codes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TRUNKS = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}
 
 
 def psnr(images: Tensor, others: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each pair in dB [B]; uint8 images [B, 3, H, W], peak 255; equal images count as 100 dB."""
+    """Peak signal-to-noise ratio in dB of pairs of uint8 images [B, 3, H, W]: [B], peak 255; equal ones count as 100."""
     error = (images.double() - others.double()).square().mean(dim=(1, 2, 3))
     return (20 * torch.log10(torch.tensor(255.0)) - 10 * error.log10()).clamp(max=MAX_PSNR)
 
@@ -70,7 +70,7 @@ def lpips_trunk(net: str) -> Path:
 
 
 def load_lpips(net: str, device: torch.device) -> nn.Module:
-    """The LPIPS network (Zhang et al. 2018, version 0.1), its trunk read from `lpips_trunk(net)`; nothing is downloaded.
+    """The LPIPS network (Zhang et al. 2018, version 0.1), its trunk read from `lpips_trunk(net)`, never downloaded.
 
     Raises:
         ValueError: the trunk's file is not there.
@@ -78,7 +78,7 @@ def load_lpips(net: str, device: torch.device) -> nn.Module:
     path = lpips_trunk(net)
     if not path.is_file():
         raise ValueError(
-            f"eval.lpips={net}: no trunk weights at {path}; put torchvision's {TRUNKS[net]} there, or set eval.lpips=none"
+            f"eval.lpips={net}: no trunk weights at {path}; put torchvision's file there, or set eval.lpips=none"
         )
     import lpips
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from engine.checkpoint import write_json
 from engine.config import DataConfig, RunConfig
@@ -30,7 +30,6 @@ from generator.sample import load_generator
 from tokenizer.config import TokenizerConfig
 from tokenizer.model import Tokenizer, load_tokenizer
 
-Part = Literal["fid", "reconstruction", "probe"]
 GeneratorConfig = AutoregressiveConfig | DiffusionConfig
 
 
@@ -52,8 +51,18 @@ class Subject:
         return load_tokenizer(self.run.folder).to(self.device.device)
 
     def generator(self, family: str) -> Any:
-        """A generator of the run on the device."""
-        return load_generator(self.run.folder, family).to(self.device.device)
+        """A generator of the run on the device.
+
+        Raises:
+            ValueError: it learned from another tokenizer than the run now has.
+        """
+        generator, tokenizer = load_generator(self.run.folder, family), load_tokenizer(self.run.folder)
+        if generator.tokenizer_fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                f"{self.run.folder / family} learned from tokenizer {generator.tokenizer_fingerprint}, but the run has "
+                f"{tokenizer.fingerprint}: encode and train the generator again"
+            )
+        return generator.to(self.device.device)
 
 
 def evaluate(
@@ -65,7 +74,7 @@ def evaluate(
     diffusion: DiffusionConfig | None,
     eval: EvalConfig,
     device: Device,
-    only: Part | None = None,
+    only: str | None = None,
 ) -> list[Record]:
     """Score what the run has trained, merge the records into run.folder/eval/metrics.json, print and return them.
 
@@ -106,7 +115,8 @@ def open_extractors(subject: Subject) -> list[Extractor]:
     config, network = subject.config, None
     if "classifier" in config.features:
         network, _ = _classifier(subject)
-    opened = [open_features(spec, inception_weights=config.inception_weights, classifier=network) for spec in config.features]
+    weights = config.inception_weights
+    opened = [open_features(spec, inception_weights=weights, classifier=network) for spec in config.features]
     names = [extractor.name for extractor in opened]
     if len(set(names)) < len(names):
         raise ValueError(f"eval.features gives two judges one name ({', '.join(names)}): rename a weights file")
@@ -124,7 +134,8 @@ def table(records: Sequence[Record]) -> str:
             name += f" ({entry['protocol']['features']['name']})"
         rows.append((entry["subject"], name, f"{entry['value']:.4g}", interval, str(entry["n"])))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _score(part: str, subject: Subject, extractors: Sequence[Extractor], folders: dict[str, Path]) -> list[Record]:

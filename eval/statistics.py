@@ -86,7 +86,7 @@ def load_gaussian(path: Path) -> Gaussian:
 
 
 def jackknife(value: float, left_out: Sequence[float]) -> Estimate:
-    """Delete-a-group jackknife: `left_out[i]` is the score without group i of GROUPS (Efron & Tibshirani 1993, ch. 11)."""
+    """Delete-a-group jackknife: `left_out[i]` is the score without group i (Efron & Tibshirani 1993, ch. 11)."""
     assert len(left_out) == GROUPS
     mean = sum(left_out) / GROUPS
     variance = (GROUPS - 1) / GROUPS * sum((x - mean) ** 2 for x in left_out)

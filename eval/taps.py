@@ -1,4 +1,4 @@
-"""What the linear probe looks at: pooled activations of the trained models at their taps, and raw pixels as the baseline."""
+"""What the linear probe looks at: pooled activations of the trained models at their taps, and raw pixels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.images import ImageSet, to_float
 from engine.log import progress
 from eval.config import ProbeConfig
-from eval.judge import draw_indices, drawn_batches, exact_products
+from eval.judge import data_facts, draw_indices, drawn_batches, exact_products
 from eval.probe import TapScore, best_tap, probe_curve
 from eval.protocol import Record, protocol, record
 
@@ -79,9 +79,7 @@ def probe_representation(
     stated = protocol(
         settings={"c_grid": config.c_grid, "held_out": config.held_out, "num_train": len(train_labels)},
         num_real=len(test_labels),
-        size=test_set.size,
-        crop="adm_center",
-        data={"train": train_set.identity(), "test": test_set.identity()},
+        **data_facts(test_set),
         reference=[train_set.identity().get("digest"), test_set.identity().get("digest")],
         subject=representation.facts,
     )
@@ -105,7 +103,12 @@ def chosen_taps(representation: Representation, config: ProbeConfig) -> tuple[st
 
 
 def _collect(
-    representation: Representation, taps: Sequence[str], images: ImageSet, num: int, batch_size: int, device: torch.device
+    representation: Representation,
+    taps: Sequence[str],
+    images: ImageSet,
+    num: int,
+    batch_size: int,
+    device: torch.device,
 ) -> tuple[Mapping[str, Tensor], Tensor]:
     """Features {tap: float32 [N, D]} and labels [N] of labelled images, centre crop, no augmentation."""
     indices = draw_indices(np.flatnonzero(images.labels >= 0), num, seed=0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from engine.images import ImageSet
 from eval.config import EvalConfig
 from eval.features import Extractor
-from eval.judge import draw_indices, drawn_batches, judge, reconstruction_distances
+from eval.judge import data_facts, draw_indices, drawn_batches, judge, reconstruction_distances
 from eval.protocol import Record, protocol, record
 from eval.reconstruction import (
     TRUNKS,
@@ -53,13 +53,12 @@ def score_tokenizer(
     real = judge(extractors, originals(), device=device)
     made = judge(extractors, pairs.through(originals()), device=device, total=len(indices), title="reconstructions")
     facts = {
-        "size": test_set.size,
-        "crop": "adm_center",
-        "data": test_set.identity(),
+        **data_facts(test_set),
         "subject": {"tokenizer": tokenizer.fingerprint, "weights": weights},
     }
     stated = protocol(**facts, num_real=real.n, reference=real.pixels)
-    records = [record(name, "tokenizer", estimate, n=real.n, protocol=stated) for name, estimate in pairs.scores().items()]
+    scores = pairs.scores().items()
+    records = [record(name, "tokenizer", estimate, n=real.n, protocol=stated) for name, estimate in scores]
     return records + reconstruction_distances(made, real, extractors, facts=facts)
 
 

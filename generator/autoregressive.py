@@ -83,7 +83,7 @@ class Autoregressive(nn.Module):
 
     def __init__(self, network: VIM, card: dict[str, Any]) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.card = network, card
         self.num_classes: int = card["num_classes"]
         self.class_names = tuple(card["class_names"])
         self.label_dropout: float = card["config"]["model"]["label_dropout"]

@@ -85,11 +85,15 @@ class DiT(nn.Module):
 
     def embed(self, x: Tensor, logsnr: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [B, T, D] with their positions, and the condition [B, D] after the SiLU that all modulations share."""
+        self.check_latents(x)
+        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.positions  # [B, T, D]
+        return tokens, F.silu(self.noise_level(logsnr) + self.labels(labels))  # [B, T, D], [B, D]
+
+    def check_latents(self, x: Tensor) -> None:
+        """Raise ValueError unless the latents are [B, C, h, w] of this network."""
         if tuple(x.shape[1:]) != self.latent_shape:
             wanted = ", ".join(str(side) for side in self.latent_shape)
             raise ValueError(f"latents of shape {list(x.shape)} do not fit this network, which takes [B, {wanted}]")
-        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.positions  # [B, T, D]
-        return tokens, F.silu(self.noise_level(logsnr) + self.labels(labels))  # [B, T, D], [B, D]
 
     def unpatchify(self, patches: Tensor) -> Tensor:
         """[B, T, out_channels * p * p] -> [B, out_channels, h, w]."""

@@ -105,6 +105,7 @@ class Diffusion(nn.Module):
             ValueError: an unknown tap, or latents of another shape.
         """
         depth, level = self._parse_tap(tap)
+        self.network.check_latents(latents)
         logsnr = latents.new_full((len(latents),), level)                          # [B]
         eps = SampleNoise([0], self.network.latent_shape, device=latents.device)()
         alpha, sigma = (over_latents(value) for value in self.path(logsnr))

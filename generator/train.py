@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,7 +100,7 @@ def train_generator(
     run: RunConfig,
     data: DataConfig,
     config: AutoregressiveConfig | DiffusionConfig,
-    family: Literal["autoregressive", "diffusion"],
+    family: str,
     device: Device,
 ) -> Path:
     """Train one family on `run.folder/codes`, or resume it; returns its folder, which ends with model.json.

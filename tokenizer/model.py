@@ -62,7 +62,7 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images uint8 [B, 3, H, W] -> codes int64 [B, T] in raster order."""
-        return self.quantizer.nearest(self.encoder(self._pixels(images)))
+        return self.quantizer.nearest(self.vectors(images))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -73,8 +73,13 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def to_latents(self, images: Tensor) -> Tensor:
         """Images uint8 [B, 3, H, W] -> normalised latents float32 [B, C, h, w], not quantised."""
-        vectors = (self.vectors(images) - self.latent_mean) / self.latent_std  # [B, T, C]
-        return vectors.transpose(1, 2).reshape(-1, *self.latent_shape)  # [B, C, h, w]
+        return self._latents(self.vectors(images))
+
+    @torch.no_grad()
+    def codes_and_latents(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What `encode` and `to_latents` give, from one pass of the encoder."""
+        vectors = self.vectors(images)
+        return self.quantizer.nearest(vectors), self._latents(vectors)
 
     @torch.no_grad()
     def from_latents(self, latents: Tensor) -> Tensor:
@@ -103,6 +108,10 @@ class Tokenizer(nn.Module):
     def vectors(self, images: Tensor) -> Tensor:
         """Images uint8 [B, 3, H, W] -> unit encoder vectors float32 [B, T, C], before normalisation to latents."""
         return normalize(self.encoder(self._pixels(images)).float())
+
+    def _latents(self, vectors: Tensor) -> Tensor:
+        normalised = (vectors - self.latent_mean) / self.latent_std  # [B, T, C]
+        return normalised.transpose(1, 2).reshape(-1, *self.latent_shape)  # [B, C, h, w]
 
     def _pixels(self, images: Tensor) -> Tensor:
         size = (3, self.image_size, self.image_size)

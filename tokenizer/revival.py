@@ -14,26 +14,29 @@ from tokenizer.quantize import nearest, normalize
 
 VECTORS_PER_CODE = 32  # k-means reads so many vectors per code
 ITERATIONS = 10
+NEVER = 2**40  # steps
 
 
 class Usage:
-    """Steps since each code was last chosen, int64 [K] on the CPU; a code never chosen counts from the start."""
+    """Counts steps for each code, int64 [K] on the CPU: `idle` since its last use, `waited` since that or revival."""
 
     def __init__(self, vocab_size: int) -> None:
-        self.idle = torch.zeros(vocab_size, dtype=torch.int64)
+        self.idle = torch.full((vocab_size,), NEVER)
+        self.waited = torch.zeros(vocab_size, dtype=torch.int64)
 
     def update(self, counts: Tensor) -> None:
         """Take in how often each code was chosen in one step over all processes, [K]."""
-        self.idle = torch.where(counts.cpu() > 0, 0, self.idle + 1)
+        chosen = counts.cpu() > 0
+        self.idle, self.waited = (torch.where(chosen, 0, steps + 1) for steps in (self.idle, self.waited))
 
     def share(self, steps: int) -> float:
         """Share of the codes chosen in the last `steps` steps."""
         return (self.idle < steps).double().mean().item()
 
     def expired(self, steps: int) -> Tensor:
-        """Codes unused for `steps` steps or more, bool [K]; they count as fresh from here on."""
-        dead = self.idle >= steps
-        self.idle = self.idle.masked_fill(dead, 0)
+        """Codes that have waited for `steps` steps or more, bool [K]; their wait begins anew."""
+        dead = self.waited >= steps
+        self.waited = self.waited.masked_fill(dead, 0)
         return dead
 
 

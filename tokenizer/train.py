@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.batches import Batches, StepRandom, mix
 from engine.checkpoint import load_model, save_model
 from engine.config import DataConfig, RunConfig, to_dict
-from engine.device import Device, unwrapped
+from engine.device import Device
 from engine.images import ImageSet, to_float, to_uint8
 from engine.loop import Task, fit
 from engine.optim import adamw
@@ -38,7 +38,7 @@ class TokenizerTask(Task):
         self.config, self.test, self.device = config, test, device
         self.modules = {"tokenizer": tokenizer}
         self.optimizers = {"tokenizer": adamw(tokenizer, config.train)}
-        self.vocab_size = tokenizer.vocab_size
+        self.quantizer, self.vocab_size = tokenizer.quantizer, tokenizer.vocab_size
         self.usage = Usage(self.vocab_size)
         self.counts, self.vectors = torch.zeros(self.vocab_size), torch.empty(0)
 
@@ -70,8 +70,7 @@ class TokenizerTask(Task):
             return 0
         dead = self.usage.expired(patience)
         if dead.any():
-            codebook = unwrapped(self.modules["tokenizer"]).quantizer.codebook
-            optimizer = self.optimizers["tokenizer"]
+            codebook, optimizer = self.quantizer.codebook, self.optimizers["tokenizer"]
             revive(codebook, dead, self.vectors, optimizer, device=self.device, generator=rng.generator)
         return int(dead.sum())
 
@@ -92,10 +91,10 @@ class TokenizerTask(Task):
         return {"reconstructions": pairs.flatten(0, 1)}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"idle": self.usage.idle}
+        return {"idle": self.usage.idle, "waited": self.usage.waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.usage.idle = state["idle"]
+        self.usage.idle, self.usage.waited = state["idle"], state["waited"]
 
     def _reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 images -> uint8 reconstructions and codes, on the CPU; through the network as the loop holds it."""

@@ -220,6 +220,14 @@ def test_the_compiled_step_gives_the_same_samples(generator: Autoregressive) -> 
     assert torch.equal(generator.sample(labels, seeds, compile=True), generator.sample(labels, seeds))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gpu_draws_the_same_samples(generator: Autoregressive, compiled: bool) -> None:
+    labels, seeds = torch.tensor([0, 1, 2]), [1, 2, 3]
+    expected = generator.sample(labels, seeds, guidance=1.5)
+    assert torch.equal(generator.cuda().sample(labels, seeds, guidance=1.5, compile=compiled).cpu(), expected)
+
+
 def test_defaults_are_the_papers() -> None:
     config = AutoregressiveConfig()
     assert (config.model.dropout, config.train.betas, config.sample.temperature) == (0.1, (0.9, 0.96), 1.0)

@@ -60,7 +60,7 @@ def test_a_new_network_is_the_identity_and_predicts_zero() -> None:
 @pytest.mark.parametrize("patch_size", [1, 2])
 @pytest.mark.parametrize("out_channels", [None, 6])
 def test_shapes(patch_size: int, out_channels: int | None) -> None:
-    network = trained(tiny(patch_size))if out_channels is None else tiny(patch_size, out_channels)
+    network = tiny(patch_size, out_channels)
     assert network(*batch()).shape == (4, out_channels or 3, 4, 6)
     assert network.activations(*batch(), depth=1).shape == (4, 24 // patch_size**2, 32)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from generator.config import DiffusionConfig
 from generator.path import PATHS, cosine_logsnr, cosine_time, flow_logsnr, flow_time, noise_to_signal
 
+Convert = Callable[[Tensor], Tensor]
 LOGSNR = torch.linspace(-18, 18, 73, dtype=torch.float64)
 
 
@@ -45,7 +47,7 @@ def test_paths_hold_to_the_ends_in_single_precision(name: str) -> None:
 
 
 @pytest.mark.parametrize(("to_time", "to_logsnr"), [(flow_time, flow_logsnr), (cosine_time, cosine_logsnr)])
-def test_times_name_levels(to_time: typing.Callable[[Tensor], Tensor], to_logsnr: typing.Callable[[Tensor], Tensor]) -> None:
+def test_times_name_levels(to_time: Convert, to_logsnr: Convert) -> None:
     time = to_time(LOGSNR)
     torch.testing.assert_close(to_logsnr(time), LOGSNR)
     assert bool((time.diff() < 0).all()), "time 0 must be data, time 1 noise"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import typing
 from collections.abc import Callable
@@ -42,7 +43,7 @@ def test_every_choice_has_a_row() -> None:
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("ddim", 1), ("heun", 2)])
 def test_order_of_convergence(solver: str, order: int) -> None:
     errors = [integration_error(solver, num_steps) for num_steps in (64, 128, 256)]
-    observed = [math.log2(coarse / fine) for coarse, fine in zip(errors, errors[1:], strict=False)]
+    observed = [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)]
     assert observed == pytest.approx([order, order], abs=0.15)
     assert errors[-1] < 0.02
 
@@ -110,7 +111,7 @@ def test_ddim_agrees_with_diffusers(eta: float) -> None:
         theirs = eps
         for time, noise in zip(scheduler.timesteps, fresh, strict=True):
             theirs = scheduler.step(network(theirs), time, theirs, eta=eta, variance_noise=noise).prev_sample
-        alpha, sigma = variance_preserving(logsnr[0])
+        alpha, _ = variance_preserving(logsnr[0])
         draws = iter(fresh)
         ours = ddim(predicts_eps(network), eps.double() / alpha, logsnr, noise=lambda: next(draws), eta=eta)
     torch.testing.assert_close(ours.float(), theirs, rtol=1e-4, atol=1e-4)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import typing
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from generator.config import DiffusionSampleConfig
 from generator.path import cosine_time, flow_time
@@ -27,7 +29,7 @@ def test_noise_decreases_from_the_first_level(kind: str, num: int) -> None:
 
 
 @pytest.mark.parametrize(("kind", "to_time"), [("cosine", cosine_time), ("flow", flow_time)])
-def test_time_steps_are_even_down_to_clean_data(kind: str, to_time: typing.Callable[[torch.Tensor], torch.Tensor]) -> None:
+def test_time_steps_are_even_down_to_clean_data(kind: str, to_time: Callable[[Tensor], Tensor]) -> None:
     time = to_time(solver_levels(kind, 8, first=-9.0, last=8.0))
     stops = torch.cat([time, time.new_zeros(1)])
     torch.testing.assert_close(stops.diff(), (-time[0] / 8).expand(8))

@@ -14,11 +14,6 @@ MODEL = TokenizerModelConfig(patch_size=4, vocab_size=32, code_dim=4, encoder=TO
 
 
 @pytest.fixture
-def model_config() -> TokenizerModelConfig:
-    return MODEL
-
-
-@pytest.fixture
 def tokenizer() -> Tokenizer:
     torch.manual_seed(0)
     return Tokenizer(MODEL, image_size=16).eval()
@@ -32,23 +27,14 @@ def images() -> torch.Tensor:
 @pytest.fixture
 def squares() -> ImageSet:
     """50 images of one coloured square each, 16 x 16."""
-    return square_set(50)
+    labels = np.arange(50, dtype=np.int64) % 3
+    listing = Listing(labels=labels, class_names=("a", "b", "c"), read=square, name=str, digest="squares")
+    return ImageSet(listing, size=16, split="train", origin={"source": "squares"})
 
 
-def square_set(num: int, *, split: str = "train", size: int = 16) -> ImageSet:
-    listing = Listing(
-        labels=np.arange(num, dtype=np.int64) % 3,
-        class_names=("a", "b", "c"),
-        read=lambda index: square(index, size),
-        name=str,
-        digest=f"squares-{num}",
-    )
-    return ImageSet(listing, size=size, split=split, origin={"source": "squares"})
-
-
-def square(index: int, size: int) -> Image.Image:
+def square(index: int) -> Image.Image:
     random = np.random.default_rng(index)
-    pixels = np.full((size, size, 3), random.integers(0, 256, 3), np.uint8)
-    top, left = random.integers(0, size // 2, 2)
-    pixels[top : top + size // 2, left : left + size // 2] = random.integers(0, 256, 3)
+    pixels = np.full((16, 16, 3), random.integers(0, 256, 3), np.uint8)
+    top, left = random.integers(0, 8, 2)
+    pixels[top : top + 8, left : left + 8] = random.integers(0, 256, 3)
     return Image.fromarray(pixels)

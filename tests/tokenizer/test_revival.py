@@ -49,17 +49,18 @@ def test_usage_counts_steps_without_a_choice() -> None:
     usage = Usage(3)
     usage.update(torch.tensor([2, 0, 0]))
     usage.update(torch.tensor([0, 1, 0]))
-    assert usage.idle.tolist() == [1, 0, 2]
+    assert usage.waited.tolist() == [1, 0, 2]
     assert usage.share(1) == pytest.approx(1 / 3) and usage.share(2) == pytest.approx(2 / 3)
 
 
-def test_a_code_expires_once_and_then_counts_as_fresh() -> None:
+def test_a_code_expires_once_and_then_waits_anew_but_is_not_in_use() -> None:
     usage = Usage(2)
     for _ in range(3):
         usage.update(torch.tensor([1, 0]))
     assert usage.expired(4).tolist() == [False, False]
     assert usage.expired(3).tolist() == [False, True]
     assert usage.expired(3).tolist() == [False, False]
+    assert usage.share(100) == 0.5
 
 
 def test_perplexity_of_even_and_single_use() -> None:

@@ -39,8 +39,9 @@ def test_a_token_sees_every_patch_and_its_place() -> None:
     assert not torch.allclose(same[:, 0], same[:, 1])
 
 
-def test_attention_is_the_fused_kernel_also_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
+def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """Collects the type of the queries of every call of the fused attention."""
+    calls: list[torch.dtype] = []
     fused = F.scaled_dot_product_attention
 
     def watched(query: torch.Tensor, *rest: torch.Tensor, **options: object) -> torch.Tensor:
@@ -48,7 +49,25 @@ def test_attention_is_the_fused_kernel_also_in_bf16(monkeypatch: pytest.MonkeyPa
         return fused(query, *rest, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
-    encoder = Encoder(TOWER, grid=(2, 2), patch_size=4, code_dim=5)
+    return calls
+
+
+def test_attention_is_fused_in_float32_and_written_out_in_bf16_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = fused_calls(monkeypatch)
+    encoder, images = Encoder(TOWER, grid=(2, 2), patch_size=4, code_dim=5), torch.randn(1, 3, 8, 8)
+    exact = encoder(images)
+    assert calls == [torch.float32] * TOWER.blocks
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        encoder(torch.randn(1, 3, 8, 8))
+        rough = encoder(images)
+    assert len(calls) == TOWER.blocks and rough.dtype == torch.bfloat16
+    assert torch.allclose(rough.float(), exact, atol=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_attention_is_fused_in_bf16_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = fused_calls(monkeypatch)
+    encoder = Encoder(TOWER, grid=(2, 2), patch_size=4, code_dim=5).cuda()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        encoder(torch.randn(1, 3, 8, 8, device="cuda"))
     assert calls == [torch.bfloat16] * TOWER.blocks

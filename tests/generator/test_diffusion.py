@@ -1,0 +1,271 @@
+"""Diffusion generator and task: seeds decide, paths and targets change nothing, labels drop, training learns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engine.batches import StepRandom
+from engine.config import TrainConfig, to_dict
+from engine.shards import Shards, ShardWriter, open_shards
+from generator.config import DenoiserModelConfig, DiffusionConfig, DiffusionSampleConfig, ScheduleConfig
+from generator.denoiser import DiT
+from generator.diffusion import Diffusion, DiffusionTask, over_latents
+from generator.objective import TARGETS, target_of, x0_to_eps
+from generator.path import PATHS, noise_to_signal
+from generator.solvers import SampleNoise, solve
+from generator.steps import solver_levels
+from tokenizer.model import Tokenizer
+
+SHAPE = (2, 4, 4)
+MODEL = DenoiserModelConfig(depth=2, width=32, heads=4, patch_size=2, label_dropout=0.25)
+CONFIG = DiffusionConfig(
+    model=MODEL,
+    train=TrainConfig(learning_rate=1e-2, decay="constant"),
+    sample=DiffusionSampleConfig(num_steps=4, batch_size=5),
+)
+SAMPLING = {"num_steps": 4}
+
+
+class Grey(nn.Module):
+    """Stands for a tokenizer: the first latent channel as grey level."""
+
+    latent_shape, fingerprint = SHAPE, "grey"
+
+    def from_latents(self, latents: Tensor) -> Tensor:
+        return (latents[:, :1] * 64 + 128).clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    """Class 0 lies around -1, class 1 around +1; every tenth label is unknown."""
+    return write_shards(tmp_path_factory.mktemp("codes") / "train", ["low", "high"])
+
+
+def write_shards(folder: Path, class_names: list[str]) -> Shards:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(203) % 2
+    latents = (2.0 * labels - 1)[:, None, None, None, None] + 0.1 * torch.randn(203, 1, *SHAPE, generator=generator)
+    writer = ShardWriter(folder, views=("original",))
+    writer.append(labels=labels.masked_fill(torch.arange(203) % 10 == 9, -1), latents=latents)
+    meta = {"tokenizer_fingerprint": "grey", "grid": [4, 4], "vocab_size": 2, "latent_shape": list(SHAPE)}
+    writer.close({**meta, "class_names": class_names, "images": {}})
+    return open_shards(folder)
+
+
+def make_task(shards: Shards, config: DiffusionConfig = CONFIG) -> DiffusionTask:
+    torch.manual_seed(0)
+    return DiffusionTask(config=config, shards=shards, test_shards=shards, tokenizer=cast(Tokenizer, Grey()))
+
+
+def train(task: DiffusionTask, shards: Shards, steps: int) -> list[float]:
+    losses = []
+    for step in range(steps):
+        rows = np.random.default_rng(step).integers(len(shards), size=64)
+        loss = task.step(shards.load(rows), StepRandom(0, step, 64))["loss"]
+        task.optimizers["network"].zero_grad()
+        loss.backward()
+        task.optimizers["network"].step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.fixture(scope="module")
+def trained(shards: Shards) -> DiffusionTask:
+    task = make_task(shards)
+    train(task, shards, steps=150)
+    return task
+
+
+@torch.inference_mode()
+def figures_of(task: DiffusionTask) -> dict[str, float]:
+    return task.validate()
+
+
+class ExactNetwork(nn.Module):
+    """The best possible network for standard normal latents of deviation 0.5, on any path, with any target."""
+
+    latent_shape, num_classes, blocks = SHAPE, 0, ()
+
+    def __init__(self, path: str, target: str) -> None:
+        super().__init__()
+        self.path, self.target = PATHS[path], target
+        self.register_buffer("positions", torch.zeros(1))
+
+    def forward(self, x_t: Tensor, logsnr: Tensor, labels: Tensor) -> Tensor:
+        alpha, sigma = (over_latents(value) for value in self.path(logsnr))
+        x0 = gaussian(x_t / alpha, logsnr)
+        return target_of(self.target, x0, x0_to_eps(x0, x_t, alpha, sigma), alpha, sigma)
+
+
+def gaussian(x: Tensor, logsnr: Tensor) -> Tensor:
+    return x * 0.25 / (0.25 + over_latents(noise_to_signal(logsnr)) ** 2)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_paths_and_targets_pose_the_same_problem(path: str, target: str) -> None:
+    config = {"path": path, "target": target, "model": {"label_dropout": 0.0}}
+    card = {"config": config, "num_classes": 0, "class_names": [], "tokenizer_fingerprint": "grey"}
+    generator = Diffusion(cast(DiT, ExactNetwork(path, target)), card)
+    levels = solver_levels("cosine", 8, first=-10.0, last=10.0)
+    expected = solve(gaussian, SampleNoise([3, 4], SHAPE), levels, solver="heun")
+    made = generator.sample(None, [3, 4], solver="heun", num_steps=8)
+    torch.testing.assert_close(made, expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"eta": 1.0}, {"solver": "heun", "guidance": 2.0}, {"steps": "flow"}])
+def test_a_sample_depends_on_its_seed_and_label_alone(trained: DiffusionTask, settings: dict[str, Any]) -> None:
+    labels = torch.tensor([0, 1, -1, 1])
+    together = trained.generator.sample(labels, [5, 6, 7, 8], **SAMPLING, **settings)
+    alone = trained.generator.sample(labels[3:], [8], **SAMPLING, **settings)
+    assert together.shape == (4, *SHAPE)
+    assert together.dtype == torch.float32
+    torch.testing.assert_close(together[3:], alone, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(together[1], together[3], atol=1e-3)
+
+
+def test_training_learns_the_classes(trained: DiffusionTask, shards: Shards) -> None:
+    made = trained.generator.sample(torch.tensor([0, 1]).repeat(16), range(32), num_steps=20)
+    means = made.mean((1, 2, 3)).reshape(16, 2)
+    assert torch.equal(means > 0, torch.tensor([False, True]).expand(16, 2))
+    torch.testing.assert_close(means.mean(0), torch.tensor([-1.0, 1.0]), rtol=0, atol=0.2)
+    assert figures_of(trained)["loss"] < 0.3 * figures_of(make_task(shards))["loss"]
+
+
+@pytest.mark.parametrize("kind", ["uniform_time", "logit_normal"])
+def test_flow_matching_learns_too(shards: Shards, kind: Any) -> None:
+    config = DiffusionConfig(
+        model=MODEL, train=CONFIG.train, path="flow", target="velocity", schedule=ScheduleConfig(kind=kind)
+    )
+    losses = train(make_task(shards, config), shards, steps=60)
+    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:3])
+
+
+def test_guidance_one_is_no_guidance_and_more_pushes_further(trained: DiffusionTask) -> None:
+    labels, seeds = torch.tensor([1, 1]), [0, 1]
+    plain = trained.generator.sample(labels, seeds, **SAMPLING)
+    torch.testing.assert_close(plain, trained.generator.sample(labels, seeds, **SAMPLING, guidance=1.0), rtol=0, atol=0)
+    null = trained.generator.sample(None, seeds, **SAMPLING)
+    torch.testing.assert_close(
+        trained.generator.sample(labels, seeds, **SAMPLING, guidance=0.0), null, rtol=1e-4, atol=1e-4
+    )
+    assert not torch.allclose(plain, trained.generator.sample(labels, seeds, **SAMPLING, guidance=3.0), atol=1e-2)
+
+
+def test_labels_are_dropped_at_their_rate(shards: Shards) -> None:
+    task, seen = make_task(shards), []
+    network = task.modules["network"]
+    network.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[2]))
+    batch = {"latents": torch.zeros(8000, *SHAPE), "labels": torch.arange(8000) % 2}
+    with torch.no_grad():
+        task.step(batch, StepRandom(0, 0, 8000))
+    dropped = seen[0] == 2
+    assert float(dropped.float().mean()) == pytest.approx(0.25, abs=0.02)
+    assert torch.equal(seen[0][~dropped], batch["labels"][~dropped])
+
+
+def test_unknown_labels_and_unlabelled_training_meet_the_null_label(shards: Shards) -> None:
+    seen: list[Tensor] = []
+    for label_dropout, null in ((0.0, 2), (1.0, 0)):
+        model = DenoiserModelConfig(depth=1, width=32, label_dropout=label_dropout)
+        task = make_task(shards, DiffusionConfig(model=model))
+        task.modules["network"].register_forward_pre_hook(lambda module, arguments: seen.append(arguments[2]))
+        task.step({"latents": torch.zeros(2, *SHAPE), "labels": torch.tensor([-1, -1])}, StepRandom(0, 0, 2))
+        assert seen[-1].tolist() == [null, null]
+    assert task.generator.num_classes == 0
+    figures_of(task)
+    assert set(seen[-1].tolist()) == {0}
+
+
+def test_the_loss_does_not_depend_on_how_a_batch_is_cut(trained: DiffusionTask, shards: Shards) -> None:
+    batch = shards.load(np.arange(16))
+    whole = trained.step(batch, StepRandom(1, 9, 16))
+    cut = [{key: value[rows] for key, value in batch.items()} for rows in (slice(8), slice(8, 16))]
+    halves = [trained.step(half, StepRandom(1, 9, 16, part=part, parts=2)) for part, half in enumerate(cut)]
+    for key, value in whole.items():
+        torch.testing.assert_close((halves[0][key] + halves[1][key]) / 2, value)
+    quarters = torch.stack([whole[f"loss_quarter_{q}"] for q in (1, 2, 3, 4)])
+    torch.testing.assert_close(quarters.mean(), whole["loss"])
+
+
+def test_quarters_run_from_little_noise_to_much(shards: Shards) -> None:
+    """A new network predicts 0, so its eps loss is 1 everywhere, and its v loss is alpha^2 + sigma^2 E[x^2]."""
+    task = make_task(shards)
+    figures = figures_of(task)
+    assert figures == figures_of(task)
+    mean_square = float(shards.load(np.arange(203))["latents"].square().mean())
+    times = torch.linspace(0, 1, 4001)
+    for quarter in (1, 2, 3, 4):
+        time = times[(quarter - 1) * 1000 : quarter * 1000]
+        alpha2 = torch.cos(time * torch.pi / 2).square()
+        expected = float((alpha2 + (1 - alpha2) * mean_square).mean())
+        assert figures[f"loss_quarter_{quarter}"] == pytest.approx(expected, rel=0.1)
+    eps = DiffusionConfig(model=MODEL, target="eps")
+    assert figures_of(make_task(shards, eps))["loss"] == pytest.approx(1, abs=0.05)
+
+
+def test_preview_is_decoded_and_repeatable(trained: DiffusionTask) -> None:
+    pictures = trained.preview()["samples"]
+    assert pictures.dtype == torch.uint8
+    assert pictures.shape == (16, 3, 4, 4)
+    assert float(pictures[:8].float().mean()) < float(pictures[8:].float().mean()), "sorted by class"
+    assert torch.equal(pictures, trained.preview()["samples"])
+
+
+def test_features_are_one_row_per_latent(trained: DiffusionTask, shards: Shards) -> None:
+    latents = shards.load(np.arange(6))["latents"]
+    assert trained.generator.taps == ("block_1", "block_2")
+    features = trained.generator.features(latents, "block_2")
+    assert features.shape == (6, 32)
+    torch.testing.assert_close(features[4:], trained.generator.features(latents[4:], "block_2"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features, trained.generator.features(latents, "block_2@2.0"))
+    for other in ("block_1", "block_2@-1"):
+        assert not torch.allclose(features, trained.generator.features(latents, other), atol=1e-3)
+    for wrong in ("block_0", "block_3", "block_1@much"):
+        with pytest.raises(ValueError, match=f"tap='{wrong}' is unknown"):
+            trained.generator.features(latents, wrong)
+
+
+def test_a_saved_generator_samples_the_same(trained: DiffusionTask) -> None:
+    card = {"config": to_dict(CONFIG), "num_classes": 2, "class_names": ["low", "high"], "latent_shape": list(SHAPE)}
+    card = json.loads(json.dumps({**card, "tokenizer_fingerprint": "grey", "fingerprint": "f"}))
+    loaded = Diffusion.from_card(card, trained.network.state_dict())
+    assert (loaded.family, loaded.num_classes, loaded.class_names) == ("diffusion", 2, ("low", "high"))
+    assert (loaded.tokenizer_fingerprint, loaded.fingerprint) == ("grey", "f")
+    labels = torch.tensor([0, 1])
+    torch.testing.assert_close(
+        loaded.sample(labels, [1, 2], **SAMPLING), trained.generator.sample(labels, [1, 2], **SAMPLING)
+    )
+
+
+def test_wrong_labels_shapes_and_settings_are_refused(trained: DiffusionTask) -> None:
+    generator = trained.generator
+    with pytest.raises(ValueError, match="label 2 must be"):
+        generator.sample(torch.tensor([0, 2]), [0, 1])
+    with pytest.raises(ValueError, match="1 labels for 2 samples"):
+        generator.sample(torch.tensor([0]), [0, 1])
+    with pytest.raises(ValueError, match=r"latents of shape \[1, 3, 4, 4\] do not fit"):
+        generator.features(torch.zeros(1, 3, 4, 4), "block_1")
+    with pytest.raises(ValueError, match=r"eta=0\.5 needs solver=ddim"):
+        generator.sample(None, [0], solver="heun", eta=0.5)
+    with pytest.raises(ValueError, match=r"first_logsnr=9 must lie below last_logsnr=1"):
+        generator.sample(None, [0], first_logsnr=9, last_logsnr=1)
+
+
+def test_guidance_needs_a_trained_null_label(shards: Shards) -> None:
+    for label_dropout in (0.0, 1.0):
+        model = DenoiserModelConfig(depth=1, width=32, label_dropout=label_dropout)
+        with pytest.raises(ValueError, match=r"diffusion\.sample\.guidance=2.* use guidance=1"):
+            make_task(shards, DiffusionConfig(model=model, sample=DiffusionSampleConfig(guidance=2.0)))
+
+
+def test_labels_beyond_the_class_names_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="label 1 must be"):
+        make_task(write_shards(tmp_path / "train", ["low"]))

@@ -1,0 +1,77 @@
+"""Codes and latents on disk: complete, in order, with views, and not made twice."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engine.checkpoint import save_model
+from engine.config import DataConfig, RunConfig
+from engine.device import Device, setup
+from engine.shards import open_shards
+from engine.sources import open_images
+from tokenizer.config import TokenizerConfig
+from tokenizer.encode import encode_images
+from tokenizer.model import Tokenizer, load_tokenizer, model_card
+
+DATA = DataConfig(source="digits", size=16, workers=0)
+
+
+@pytest.fixture
+def device() -> Device:
+    return setup(RunConfig(device="cpu", threads=1))
+
+
+@pytest.fixture
+def run(tmp_path: Path, tokenizer: Tokenizer) -> RunConfig:
+    """A run whose tokenizer is there."""
+    tokenizer.latent_mean.normal_(generator=torch.Generator().manual_seed(0))
+    save_model(tmp_path / "run" / "tokenizer", tokenizer.state_dict(), model_card(tokenizer))
+    return RunConfig(name="run", root=str(tmp_path))
+
+
+def test_both_splits_are_encoded_in_order(run: RunConfig, device: Device) -> None:
+    folder = encode_images(run=run, data=DATA, tokenizer=TokenizerConfig(), device=device)
+    tokenizer = load_tokenizer(run.folder)
+    for split in ("train", "test"):
+        images, shards = open_images(DATA, split), open_shards(folder / split, fingerprint=tokenizer.fingerprint)
+        assert len(shards) == len(images) and np.array_equal(shards.labels, images.labels)
+        rows = np.array([0, 7, len(images) - 1])
+        stored, pixels = shards.load(rows), images.load(rows)["images"]
+        assert torch.equal(stored["codes"], tokenizer.encode(pixels))
+        assert torch.allclose(stored["latents"], tokenizer.to_latents(pixels), atol=2e-3)
+    assert shards.meta["grid"] == [4, 4] and shards.meta["latent_shape"] == [4, 4, 4]
+    assert len(shards.meta["class_names"]) == 10
+
+
+def test_the_flipped_view_is_the_mirrored_image_of_training_only(run: RunConfig, device: Device) -> None:
+    config = TokenizerConfig(flipped_view=True)
+    folder = encode_images(run=run, data=DATA, tokenizer=config, device=device)
+    tokenizer, images = load_tokenizer(run.folder), open_images(DATA, "train")
+    shards, rows = open_shards(folder / "train"), np.arange(3)
+    flipped = shards.load(rows, np.full((3, 4), 0.9))["codes"]
+    assert torch.equal(flipped, tokenizer.encode(images.load(rows)["images"].flip(-1)))
+    assert open_shards(folder / "test").views == ("original",)
+
+
+def test_what_is_there_is_left_alone_and_what_is_stale_made_anew(
+    run: RunConfig, tokenizer: Tokenizer, device: Device
+) -> None:
+    def encoded(**settings: bool) -> int:
+        folder = encode_images(run=run, data=DATA, tokenizer=TokenizerConfig(**settings), device=device)
+        return (folder / "train" / "meta.json").stat().st_mtime_ns
+
+    first = encoded()
+    assert encoded() == first
+    other_views = encoded(flipped_view=True)
+    assert other_views != first
+    tokenizer.latent_mean += 1
+    fingerprint = save_model(run.folder / "tokenizer", tokenizer.state_dict(), model_card(tokenizer))
+    assert encoded(flipped_view=True) != other_views
+    assert open_shards(run.folder / "codes" / "test").meta["tokenizer_fingerprint"] == fingerprint
+
+
+def test_another_image_size_is_refused(run: RunConfig, device: Device) -> None:
+    with pytest.raises(ValueError, match="data.size=32, but the tokenizer in .* was trained at 16 pixels"):
+        encode_images(run=run, data=DataConfig(size=32), tokenizer=TokenizerConfig(), device=device)

@@ -1,0 +1,150 @@
+"""Training: it learns, keeps codes in use, resumes to the bit, and leaves a measured, loadable model."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.batches import Batches, StepRandom
+from engine.config import DataConfig, RunConfig, TrainConfig
+from engine.device import Device, setup
+from engine.images import ImageSet, to_float, to_uint8
+from engine.optim import adamw
+from tokenizer.config import QuantizerConfig, TokenizerConfig, TokenizerLossConfig, TokenizerModelConfig, TowerConfig
+from tokenizer.losses import l2, psnr
+from tokenizer.model import Tokenizer, load_tokenizer
+from tokenizer.train import TokenizerTask, measure_latents, start_codebook, train_tokenizer
+
+DATA = DataConfig(source="digits", size=16, workers=0)
+TRAIN = TrainConfig(
+    steps=4, batch_size=8, decay="constant", ema=0.9, log_every=1, preview_every=4, checkpoint_every=2, keep_last=9
+)
+TOWER = TowerConfig(blocks=2, width=32, heads=2, mlp=64)
+MODEL = TokenizerModelConfig(patch_size=4, vocab_size=32, code_dim=4, encoder=TOWER, decoder=TOWER)
+CONFIG = TokenizerConfig(model=MODEL, quantizer=QuantizerConfig(revive_after=1), train=TRAIN)
+
+
+@pytest.fixture
+def device() -> Device:
+    return setup(RunConfig(device="cpu", precision="fp32", threads=1))
+
+
+def trained(root: Path, device: Device, config: TokenizerConfig = CONFIG, *, name: str = "run", seed: int = 0) -> Path:
+    run = RunConfig(name=name, root=str(root), seed=seed, device="cpu", precision="fp32")
+    return train_tokenizer(run=run, data=DATA, tokenizer=config, device=device)
+
+
+def test_it_overfits_a_few_images(tokenizer: Tokenizer, squares: ImageSet) -> None:
+    images = next(squares.in_order(4))["images"]
+    optimizer = adamw(tokenizer, TrainConfig(learning_rate=3e-3))
+    for _ in range(300):
+        output, _, losses, _ = tokenizer(to_float(images))
+        loss = l2(output, to_float(images)) + losses["codebook"] + 0.25 * losses["commitment"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert psnr(tokenizer.decode(tokenizer.encode(images)), images).min() > 25
+
+
+def task_of(tokenizer: Tokenizer, test: ImageSet, device: Device, config: TokenizerConfig = CONFIG) -> TokenizerTask:
+    return TokenizerTask(tokenizer, config, test=test, device=device)
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms(tokenizer: Tokenizer, squares: ImageSet, device: Device) -> None:
+    loss = TokenizerLossConfig(l2=0.5, l1=2.0, codebook=0.25, commitment=4.0)
+    task = task_of(tokenizer, squares, device, replace(CONFIG, loss=loss))
+    values = task.step(Batches(squares, batch_size=8, seed=0).batch(0), StepRandom(0, 0, 8))
+    terms = 0.5 * values["l2"] + 2 * values["l1"] + 0.25 * values["codebook"] + 4 * values["commitment"]
+    assert torch.allclose(values["loss"], terms)
+    assert values["loss"].requires_grad and values["psnr"].isfinite()
+
+
+def test_unused_codes_are_revived_and_counted(tokenizer: Tokenizer, squares: ImageSet, device: Device) -> None:
+    task = task_of(tokenizer, squares, device, replace(CONFIG, quantizer=QuantizerConfig(revive_after=2)))
+    before = tokenizer.quantizer.codebook.detach().clone()
+    batches, shown = Batches(squares, batch_size=8, seed=0), []
+    for step in range(2):
+        task.step(batches.batch(step), StepRandom(0, step, 8))
+        metrics: dict[str, float] = {}
+        task.after_step(step, metrics, StepRandom(0, step, 8))
+        shown.append(metrics)
+    changed = (tokenizer.quantizer.codebook != before).any(dim=1)
+    assert shown[0]["revived"] == 0 < shown[1]["revived"] == changed.sum()
+    assert shown[1]["usage"] == pytest.approx(1 - shown[1]["revived"] / 32)
+    assert 1 <= shown[0]["perplexity"] <= 32 and not task.counts.any()
+
+
+def test_accumulated_parts_count_like_one_batch(tokenizer: Tokenizer, squares: ImageSet, device: Device) -> None:
+    batches, counts = Batches(squares, batch_size=8, seed=0), []
+    for parts in (1, 2):
+        task = task_of(tokenizer, squares, device)
+        for part in range(parts):
+            task.step(batches.batch(0, part, parts), StepRandom(0, 0, 8, part=part, parts=parts))
+        counts.append(task.counts)
+    assert torch.equal(counts[0], counts[1]) and counts[0].sum() == 8 * 16
+
+
+def test_kmeans_start_uses_most_codes_and_repeats(tokenizer: Tokenizer, squares: ImageSet, device: Device) -> None:
+    batches, books = Batches(squares, batch_size=8, seed=0), []
+    for _ in range(2):
+        start_codebook(tokenizer, batches, seed=0, device=device)
+        books.append(tokenizer.quantizer.codebook.detach().clone())
+    assert torch.equal(books[0], books[1])
+    assert tokenizer.encode(next(squares.in_order(50))["images"]).unique().numel() > 0.8 * 32
+
+
+def test_validation_and_preview_show_the_test_images(tokenizer: Tokenizer, squares: ImageSet, device: Device) -> None:
+    task = task_of(tokenizer, squares, device)
+    figures, pairs = task.validate(), task.preview()["reconstructions"]
+    originals = torch.cat([batch["images"] for batch in squares.in_order(50)])
+    output, codes, _, _ = tokenizer(to_float(originals))
+    assert figures["psnr"] == pytest.approx(psnr(to_uint8(output), originals).mean().item(), abs=1e-3)
+    assert figures["usage"] == pytest.approx(codes.unique().numel() / 32)
+    assert torch.equal(pairs[0::2], originals[:32]) and torch.equal(pairs[1::2], to_uint8(output)[:32])
+
+
+def test_measured_latents_have_zero_mean_and_unit_variance(
+    tokenizer: Tokenizer, squares: ImageSet, device: Device
+) -> None:
+    measure_latents(tokenizer, squares, device=device, batch_size=16)
+    latents = tokenizer.to_latents(next(squares.in_order(50))["images"])
+    assert latents.mean(dim=(0, 2, 3)).abs().max() < 1e-5
+    assert (latents.std(dim=(0, 2, 3), correction=0) - 1).abs().max() < 1e-5
+    measure_latents(tokenizer, squares, device=device, batch_size=16, limit=5)
+    few = tokenizer.to_latents(next(squares.in_order(5))["images"])
+    assert few.mean(dim=(0, 2, 3)).abs().max() < 1e-5
+
+
+def test_training_leaves_a_loadable_model_with_its_facts(tmp_path: Path, device: Device) -> None:
+    folder = trained(tmp_path, device)
+    model = load_tokenizer(tmp_path / "run")
+    card = json.loads((folder / "model.json").read_text())
+    assert folder == tmp_path / "run" / "tokenizer" and len(model.fingerprint) == 16
+    assert card["identity"]["data"]["source"] == "digits" and len(card["class_names"]) == 10
+    assert not torch.equal(model.latent_std, torch.ones(4))
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    expected = {"loss", "l2", "codebook", "commitment", "psnr", "usage", "perplexity", "revived"}
+    assert expected <= records[0].keys() and {"validation/psnr", "validation/usage"} <= records[-1].keys()
+    assert (folder / "previews" / "step-00000004-reconstructions.png").is_file()
+
+
+def test_interrupted_training_equals_uninterrupted(tmp_path: Path, device: Device) -> None:
+    """Revival happens in every step here, so its counters and draws are part of the comparison."""
+    trained(tmp_path, device, name="whole")
+    trained(tmp_path, device, replace(CONFIG, train=replace(TRAIN, steps=2)), name="cut")
+    trained(tmp_path, device, name="cut")
+    whole, cut = load_tokenizer(tmp_path / "whole"), load_tokenizer(tmp_path / "cut")
+    assert whole.fingerprint == cut.fingerprint
+    trained(tmp_path, device, name="other", seed=1)
+    assert load_tokenizer(tmp_path / "other").fingerprint != whole.fingerprint
+
+
+def test_a_finished_run_is_left_alone_and_another_is_refused(tmp_path: Path, device: Device) -> None:
+    folder = trained(tmp_path, device)
+    written = (folder / "model.json").stat().st_mtime_ns
+    trained(tmp_path, device)
+    assert (folder / "model.json").stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match="tokenizer.loss.commitment: 0.25 -> 1.0"):
+        trained(tmp_path, device, replace(CONFIG, loss=TokenizerLossConfig(commitment=1.0)))

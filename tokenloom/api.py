@@ -1,0 +1,68 @@
+"""The public Python interface: what the commands use, on arrays instead of files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.device import Device, setup
+from generator.sample import load_generator, sample_images
+from tokenizer.model import Tokenizer, load_tokenizer
+
+__all__ = ["load_generator", "load_tokenizer", "reconstruct", "sample", "score"]
+
+
+def sample(
+    path: str | Path,
+    family: str,
+    *,
+    labels: Sequence[int] | None = None,
+    seeds: Sequence[int],
+    **settings: Any,
+) -> Tensor:
+    """Images from a run or exported folder, uint8 [B, 3, H, W]; image k depends on seeds[k] and labels[k] alone.
+
+    Args:
+        path: a run folder, or one written by `tokenloom export`.
+        family: `autoregressive` or `diffusion`.
+        labels: a class for each seed; None draws without a class.
+        settings: keys of the family's `sample` section, such as `temperature` or `guidance`; the others are as trained.
+
+    Raises:
+        ValueError: a missing model, an unknown setting, or labels and seeds of unequal length.
+    """
+    if labels is not None and len(labels) != len(seeds):
+        raise ValueError(f"labels has {len(labels)} entries, seeds {len(seeds)}: give one label for each seed")
+    generator, tokenizer = load_generator(path, family), load_tokenizer(path)
+    wanted = None if labels is None else torch.tensor(list(labels))
+    trained = {key: value for key, value in generator.card["sample"].items() if key != "compile"}
+    return sample_images(generator, tokenizer, wanted, list(seeds), **{**trained, **settings})
+
+
+def reconstruct(path: str | Path | Tokenizer, images: Tensor) -> Tensor:
+    """Images uint8 [B, 3, H, W] through the tokenizer's codes and back, alike."""
+    tokenizer = path if isinstance(path, Tokenizer) else load_tokenizer(path)
+    return tokenizer.decode(tokenizer.encode(images))
+
+
+def score(path: str | Path, *, only: str | None = None, device: Device | None = None) -> list[dict[str, Any]]:
+    """Measure a run as `tokenloom eval` does, with the configuration that it keeps; returns the records.
+
+    Raises:
+        ValueError: the folder is no run, or something that is to be measured is missing.
+    """
+    from tokenloom import pipeline
+    from tokenloom.experiment import load_experiment
+
+    folder = Path(path)
+    if not (folder / "config.yaml").exists():
+        raise ValueError(f"{folder / 'config.yaml'} is missing: give the folder of a run")
+    place = [f"--run.root={folder.parent}", f"--run.name={folder.name}"]
+    experiment = load_experiment(["--config", str(folder / "config.yaml"), *place])
+    return pipeline.evaluate(experiment, device or setup(experiment.run), only=only)
+
+

@@ -1,0 +1,211 @@
+"""The command line: one command, a few verbs, any field of the YAML as an option. Heavy imports wait until needed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from engine.device import Device
+    from tokenloom.experiment import Experiment
+
+USAGE = """\
+usage: tokenloom COMMAND --config FILE [--section.key=value ...]
+
+  run        every stage of a YAML, then the report       tokenloom run --config configs/digits.yaml
+  tokenizer  train stage 1
+  encode     images to codes and latents on disk
+  generator  train stage 2                                [--only autoregressive|diffusion]
+  sample     pictures from a trained generator            [--only FAMILY] [--num 64] [--label 3] [--seed 0] [--out FOLDER]
+  eval       scores                                       [--only fid|reconstruction|probe]
+  report     one page with curves, samples and scores
+  export     the finished models alone, to share          --out FOLDER
+  speed      images/s, FLOP/s and memory of each stage
+  compare    scores of several runs side by side          tokenloom compare a.json b.json
+  doctor     versions, device, disk, extras, weights
+
+The same command resumes what was interrupted. `tokenloom COMMAND --help` lists every key,
+--print_config prints the whole configuration, --dry-run tells sizes and costs without computing.
+Several processes: torchrun --nproc_per_node 2 -m tokenloom COMMAND ...
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; a user's mistake ends with one clear line and exit code 2."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("--help", "-h", "help"):
+        print(USAGE, end="")
+        return
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait must not slow other processes
+    command, rest = words[0], words[1:]
+    if command not in COMMANDS:
+        _fail(f"unknown command {command!r}: `tokenloom --help` lists the commands")
+    try:
+        COMMANDS[command](rest)
+    except (ValueError, RuntimeError, OSError) as error:
+        if os.environ.get("TOKENLOOM_TRACEBACK"):
+            raise
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted", code=130)
+
+
+def _fail(message: str, *, code: int = 2) -> None:
+    print(f"tokenloom: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+class _Options:
+    """A command's own options, split off before the rest is read as the configuration."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+        self.parser = argparse.ArgumentParser(prog=f"tokenloom {command}", add_help=False, allow_abbrev=False)
+        self.parser.add_argument("--dry-run", action="store_true", help="tell sizes and costs, compute nothing")
+
+    def add(self, name: str, **how: object) -> _Options:
+        self.parser.add_argument(name, **how)  # type: ignore[arg-type]
+        return self
+
+    def read(self, words: Sequence[str]) -> tuple[argparse.Namespace, Experiment]:
+        from tokenloom.experiment import load_experiment
+
+        try:
+            own, rest = self.parser.parse_known_args(list(words))
+        except SystemExit as error:
+            raise SystemExit(2) from error
+        if {"--help", "-h"} & set(words):
+            self.parser.print_help()
+            print()
+        return own, load_experiment(rest, program=f"tokenloom {self.command}")
+
+
+def _staged(command: str, stage: Callable[[Experiment, Device, argparse.Namespace], None], **options: dict) -> Callable:
+    """A command that reads an experiment, answers --dry-run, sets up the device and runs one stage."""
+
+    def execute(words: Sequence[str]) -> None:
+        reader = _Options(command)
+        for name, how in options.items():
+            reader.add(f"--{name}", **how)
+        own, experiment = reader.read(words)
+        if own.dry_run:
+            from tokenloom.dry_run import dry_run
+
+            print(dry_run(experiment))
+            return
+        from engine.device import setup
+
+        stage(experiment, setup(experiment.run), own)
+
+    return execute
+
+
+def _run(experiment: Experiment, device: Device, _: argparse.Namespace) -> None:
+    from tokenloom.pipeline import run_all
+
+    run_all(experiment, device)
+
+
+def _tokenizer(experiment: Experiment, device: Device, _: argparse.Namespace) -> None:
+    from tokenloom import pipeline
+
+    pipeline.train_tokenizer(experiment, device)
+
+
+def _encode(experiment: Experiment, device: Device, _: argparse.Namespace) -> None:
+    from tokenloom import pipeline
+
+    pipeline.encode(experiment, device)
+
+
+def _generator(experiment: Experiment, device: Device, own: argparse.Namespace) -> None:
+    from tokenloom import pipeline
+
+    for family, _ in experiment.generators(own.only):
+        pipeline.train_generator(experiment, device, family)
+
+
+def _sample(experiment: Experiment, device: Device, own: argparse.Namespace) -> None:
+    from generator.sample import sample
+
+    for family, config in experiment.generators(own.only):
+        name = f"{family}-seed{own.seed}-num{own.num}" + ("" if own.label is None else f"-label{own.label}")
+        out = Path(own.out) / family if own.out else experiment.run.folder / "samples" / name
+        folder = sample(
+            run=experiment.run, config=config, family=family, device=device,
+            num=own.num, label=own.label, seed=own.seed, out=out,
+        )  # fmt: skip
+        if device.is_main:
+            print(f"{own.num} samples of {family} in {folder}; look at {folder / 'grid.png'}")
+
+
+def _eval(experiment: Experiment, device: Device, own: argparse.Namespace) -> None:
+    from tokenloom import pipeline
+
+    pipeline.evaluate(experiment, device, only=own.only)
+
+
+def _report(experiment: Experiment, device: Device, _: argparse.Namespace) -> None:
+    from tokenloom.report import write_report
+
+    if device.is_main:
+        print(f"report: {write_report(experiment.run.folder)}")
+
+
+def _export(experiment: Experiment, device: Device, own: argparse.Namespace) -> None:
+    from tokenloom.export import export
+
+    if device.is_main:
+        print(f"exported to {export(experiment.run.folder, Path(own.out))}")
+
+
+def _speed(experiment: Experiment, device: Device, _: argparse.Namespace) -> None:
+    from eval.speed import speed
+
+    speed(
+        run=experiment.run, data=experiment.data, tokenizer=experiment.tokenizer,
+        autoregressive=experiment.autoregressive, diffusion=experiment.diffusion, device=device,
+    )  # fmt: skip
+
+
+def _compare(words: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="tokenloom compare", description="Scores of several runs side by side.")
+    parser.add_argument("metrics", nargs="+", help="eval/metrics.json of each run")
+    from eval.protocol import compare
+
+    print(compare(parser.parse_args(list(words)).metrics))
+
+
+def _doctor(words: Sequence[str]) -> None:
+    argparse.ArgumentParser(prog="tokenloom doctor", description="What is installed and found here.").parse_args(list(words))
+    from tokenloom.doctor import doctor
+
+    print(doctor())
+
+
+FAMILY = {"choices": ("autoregressive", "diffusion"), "help": "this family alone"}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "run": _staged("run", _run),
+    "tokenizer": _staged("tokenizer", _tokenizer),
+    "encode": _staged("encode", _encode),
+    "generator": _staged("generator", _generator, only=FAMILY),
+    "sample": _staged(
+        "sample",
+        _sample,
+        only=FAMILY,
+        num={"type": int, "default": 64, "help": "how many (default 64)"},
+        label={"type": int, "help": "class to draw; without it all classes take turns"},
+        seed={"type": int, "default": 0, "help": "another seed, other samples (default 0)"},
+        out={"help": "folder to write to; default: in the run's folder"},
+    ),
+    "eval": _staged("eval", _eval, only={"choices": ("fid", "reconstruction", "probe"), "help": "these scores alone"}),
+    "report": _staged("report", _report),
+    "export": _staged("export", _export, out={"required": True, "help": "folder to write to"}),
+    "speed": _staged("speed", _speed),
+    "compare": _compare,
+    "doctor": _doctor,
+}

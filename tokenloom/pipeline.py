@@ -1,0 +1,106 @@
+"""All stages of one YAML in order. Every stage skips what is done and resumes what was interrupted."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import eval.run as judge
+from engine.checkpoint import write_atomic, write_json
+from engine.config import to_yaml
+from engine.device import Device
+from engine.log import clock
+from eval.protocol import Record
+from generator import sample as sampling
+from generator import train as generating
+from tokenizer import encode as encoding
+from tokenizer import train as tokenizing
+from tokenloom.experiment import Experiment
+from tokenloom.report import write_report
+
+
+def run_all(experiment: Experiment, device: Device) -> Path | None:
+    """Tokenizer, codes, generators, samples, scores, report; returns the report's path on the first process."""
+    begun = time.monotonic()
+    train_tokenizer(experiment, device)
+    encode(experiment, device)
+    for family, _ in experiment.generators():
+        train_generator(experiment, device, family)
+    for family, _ in experiment.generators():
+        draw_samples(experiment, device, family)
+    evaluate(experiment, device)
+    if not device.is_main:
+        return None
+    report = write_report(experiment.run.folder)
+    print(f"all stages done in {clock(time.monotonic() - begun)}; open {report}")
+    return report
+
+
+def train_tokenizer(experiment: Experiment, device: Device) -> None:
+    """Stage 1: <run>/tokenizer."""
+    with _stage(experiment, device, "tokenizer", "tokenizer/model.json"):
+        tokenizing.train_tokenizer(
+            run=experiment.run, data=experiment.data, tokenizer=experiment.tokenizer, device=device
+        )
+
+
+def encode(experiment: Experiment, device: Device) -> None:
+    """Images to codes and latents: <run>/codes."""
+    with _stage(experiment, device, "encode", "codes/test/meta.json"):
+        encoding.encode_images(run=experiment.run, data=experiment.data, tokenizer=experiment.tokenizer, device=device)
+
+
+def train_generator(experiment: Experiment, device: Device, family: str) -> None:
+    """Stage 2: <run>/<family>."""
+    config = dict(experiment.generators())[family]
+    with _stage(experiment, device, family, f"{family}/model.json"):
+        generating.train_generator(
+            run=experiment.run, data=experiment.data, config=config, family=family, device=device
+        )
+
+
+def draw_samples(experiment: Experiment, device: Device, family: str) -> None:
+    """The samples that scores are computed on: <run>/samples/<family>."""
+    config = dict(experiment.generators())[family]
+    with _stage(experiment, device, f"samples of {family}", f"samples/{family}/samples.json"):
+        sampling.sample(
+            run=experiment.run, config=config, family=family, device=device, num=experiment.eval.num_samples
+        )
+
+
+def evaluate(experiment: Experiment, device: Device, *, only: str | None = None) -> list[Record]:
+    """All scores: <run>/eval/metrics.json."""
+    with _stage(experiment, device, "eval", "eval/metrics.json"):
+        return judge.evaluate(
+            run=experiment.run, data=experiment.data, tokenizer=experiment.tokenizer, eval=experiment.eval,
+            autoregressive=experiment.autoregressive, diffusion=experiment.diffusion, device=device, only=only,
+        )  # fmt: skip
+
+
+@contextmanager
+def _stage(experiment: Experiment, device: Device, name: str, result: str) -> Iterator[None]:
+    """Announces a stage, and keeps its time and the configuration once it has ended well.
+
+    stages.json holds the seconds of the invocation that finished each stage; an older one's are not added.
+    """
+    folder, begun = experiment.run.folder, time.monotonic()
+    before = _changed_at(folder / result)
+    yield
+    if not device.is_main:
+        return
+    if _changed_at(folder / result) == before:
+        print(f"{name}: done before, nothing to do")
+        return
+    seconds = time.monotonic() - begun
+    print(f"{name}: done in {clock(seconds)}")
+    write_atomic(folder / "config.yaml", to_yaml(experiment).encode())
+    path = folder / "stages.json"
+    stages = json.loads(path.read_text()) if path.exists() else {}
+    write_json(path, {**stages, name: {"seconds": round(seconds, 1), "processes": device.world, "precision": device.precision}})
+
+
+def _changed_at(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
