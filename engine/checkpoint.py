@@ -136,7 +136,7 @@ def load_model(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         card = json.loads(card_path.read_text())
         weights = load_file(weights_path)
     except (json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(f"{folder}: the model's files are damaged ({error}); delete {card_path} and train again") from error
+        raise ValueError(f"{folder}: damaged files ({error}); delete {card_path} and run the stage again") from error
     if sha256(weights_path) != card.get("sha256"):
         raise ValueError(
             f"{weights_path} does not match the sha256 in model.json: damaged or exchanged; "

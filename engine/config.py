@@ -50,7 +50,7 @@ class DataConfig:
     source: Literal["digits", "folder", "parquet", "torchvision", "hf", "webdataset"] = "digits"
     """Where images come from."""
     path: str | None = None
-    """Training images: a folder, a parquet file or glob, a torchvision root, a tar pattern, a hub data set or its local copy."""
+    """Training images: a folder, a parquet file or glob, a torchvision root, a tar pattern, a data set of the hub."""
     test_path: str | None = None
     """Held-out images, as path; if absent, the source's own test split, else test_fraction is split off."""
     name: str | None = None
@@ -159,7 +159,7 @@ def dotted_keys(schema: type, prefix: str = "") -> Iterator[str]:
 def section_type(hint: Any) -> type | None:
     """The dataclass inside `Section` or `Section | None`; None for a leaf."""
     options = typing.get_args(hint) or (hint,)
-    return next((option for option in options if dataclasses.is_dataclass(option)), None)
+    return next((option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)), None)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def _file_keys(path: str) -> Iterator[str]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"--config {path}: expected sections such as `run:` and `data:`, found {type(content).__name__}")
+        raise ValueError(f"--config {path}: expected sections such as `run:`, found {type(content).__name__}")
     for key, _ in _flatten(content):
         yield key
 
@@ -227,6 +227,9 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 def _innermost(message: str) -> str:
     """jsonargparse nests its report of an optional section; keep the lines that say what was wrong."""
-    noise = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value", "- Problem with given class_path")
+    noise = (
+        *("Does not validate", "Subtypes:", "Errors:", "Given value"),
+        *("- Expected a <class 'NoneType'>", "- Problem with given class_path"),
+    )
     lines = [line.strip() for line in message.splitlines()]
     return " ".join(line for line in lines if line and not line.startswith(noise))

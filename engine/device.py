@@ -1,4 +1,4 @@
-"""Where a run computes: device, precision, threads, processes. accelerate starts the processes; FSDP2 is torch's own."""
+"""Where a run computes: device, precision, threads, processes. accelerate connects the processes; FSDP2 is torch's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import inspect
 import os
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
@@ -54,7 +55,8 @@ class Device:
         if self.parallel == "fsdp":
             return _shard(module, optimizer, self.device)
         ids = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, **{SYNC_BUFFERS: False})
+        options: dict[str, Any] = {SYNC_BUFFERS: False, "gradient_as_bucket_view": True}
+        return DistributedDataParallel(module, device_ids=ids, **options)
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over all processes."""
@@ -131,7 +133,7 @@ def reshard(module: nn.Module) -> None:
     """Let FSDP put away the whole parameters that it keeps after a forward without a backward."""
     for unit in module.modules():
         if hasattr(unit, "reshard"):
-            unit.reshard()
+            unit.reshard()  # type: ignore[operator]
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -17,50 +17,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from engine import checkpoint, log, resume
 from engine.batches import Batches, StepRandom, mix
 from engine.config import RunConfig, TrainConfig
-from engine.device import Device, full_state, unwrapped
+from engine.device import Device, full_state
 from engine.ema import Ema
 from engine.optim import set_learning_rate
-
-
-class Task:
-    """What the loop drives: networks, their optimizers and a loss. A room subclasses it."""
-
-    modules: dict[str, nn.Module]
-    """Networks that are trained; the loop replaces them by their distributed form, so call them through this table."""
-    optimizers: dict[str, torch.optim.Optimizer]
-    """An optimizer for each network, under the same name."""
-    averaged: tuple[str, ...] = ()
-    """Names of the networks whose weights are averaged (EMA)."""
-
-    def step(self, batch: dict[str, Tensor], rng: StepRandom) -> dict[str, Tensor]:
-        """Scalars of one part of a batch: `loss`, which is back-propagated, and whatever is worth logging."""
-        raise NotImplementedError
-
-    def after_step(self, step: int, metrics: dict[str, float], rng: StepRandom) -> None:
-        """Runs after each good optimizer step; `metrics` are this step's, averaged over its parts and processes."""
-
-    def validate(self) -> dict[str, float]:
-        """Figures on held-out data, measured with averaged weights in evaluation mode."""
-        return {}
-
-    def preview(self) -> dict[str, Tensor]:
-        """Pictures to look at, name -> uint8 [N, 3, H, W], made with averaged weights in evaluation mode."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """What must survive a restart beyond the networks and optimizers: tensors and primitives only."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The counterpart of `state_dict`."""
-
-
-class Interrupted(SystemExit):
-    """A signal asked the run to stop and a checkpoint was written; the exit code is 128 + the signal's number."""
+from engine.signals import Interrupted, caught_signals
+from engine.task import Task
 
 
 def fit(
@@ -117,7 +83,7 @@ class _Trainer:
         main = self.device.is_main
         bar = log.progress(total=self.train.steps, title=self.folder.name, initial=self.step, enabled=main)
         stream = self.batches.stream(self.step, self.parts, self.num_parts)
-        with bar, contextlib.closing(stream), _caught_signals() as caught:  # type: ignore[type-var]
+        with bar, contextlib.closing(stream), caught_signals() as caught:  # type: ignore[type-var]
             self.since, self.since_step = time.monotonic(), self.step
             while self.step < self.train.steps:
                 self._one_step(stream)
@@ -154,7 +120,8 @@ class _Trainer:
         with contextlib.ExitStack() as stack:
             if part != self.parts[-1]:
                 for module in self.task.modules.values():
-                    stack.enter_context(module.no_sync() if hasattr(module, "no_sync") else contextlib.nullcontext())
+                    if isinstance(module, DistributedDataParallel):
+                        stack.enter_context(module.no_sync())
             with self.device.autocast():
                 values = self.task.step(moved, self._rng(part, self.num_parts))
             (values["loss"] / self.train.accumulate).backward()
@@ -294,21 +261,3 @@ class _Trainer:
         self.sums, self.bad_steps, self.skipped = (state["progress"][key] for key in ("sums", "bad_steps", "skipped"))
         if self.device.is_main:
             print(f"{self.folder}: resuming at step {self.step} of {self.train.steps}", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def _caught_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT instead of dying of them; a second SIGINT interrupts at once."""
-    caught: list[int] = []
-
-    def note(number: int, _: Any) -> None:
-        if number == signal.SIGINT and number in caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield caught
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

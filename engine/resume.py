@@ -45,6 +45,14 @@ def check_identity(folder: Path, identity: dict[str, Any]) -> None:
     checkpoint.write_json(path, identity)
 
 
+def is_finished(folder: Path, identity: dict[str, Any]) -> bool:
+    """Whether the folder holds an undamaged model whose card names exactly this identity."""
+    if not (folder / "model.json").is_file():
+        return False
+    card, _ = checkpoint.load_model(folder)
+    return card.get("identity") == json.loads(json.dumps(identity))
+
+
 def capture(
     modules: Mapping[str, nn.Module],
     optimizers: Mapping[str, torch.optim.Optimizer],

@@ -184,7 +184,7 @@ def inception_file(given: str | None) -> Path:
     looked = " and ".join(map(str, candidates))
     raise ValueError(
         f"FID needs the Inception weights, looked for at {looked}. Give a file with --eval.inception_weights=FILE "
-        f"({INCEPTION_FILES[0]} of torch-fidelity's release v0.2.0), or choose other --eval.features; nothing is fetched"
+        f"({INCEPTION_FILES[0]} of torch-fidelity's release v0.2.0), or choose other --eval.features; none is fetched"
     )
 
 

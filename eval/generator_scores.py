@@ -47,20 +47,20 @@ def ensure_samples(
     return sample(run=run, config=config, family=family, device=device, num=num)
 
 
-def real_halves(
-    train_set: ImageSet, extractors: Sequence[Extractor], *, config: EvalConfig, device: torch.device
-) -> tuple[Judged, Judged]:
-    """Two disjoint sets of eval.num_samples real training images: the reference, and one to hold against it.
-
-    Raises:
-        ValueError: the training split is too small for two.
-    """
-    num = config.num_samples
+def check_enough_real(train_set: ImageSet, num: int) -> None:
+    """Raise ValueError if the training split is too small for two disjoint sets of `num` images."""
     if 2 * num > len(train_set):
         raise ValueError(
             f"eval.num_samples={num}: two disjoint sets of real images are needed, but the train split has "
             f"{len(train_set)}; set --eval.num_samples={len(train_set) // 2} or less"
         )
+
+
+def real_halves(
+    train_set: ImageSet, extractors: Sequence[Extractor], *, config: EvalConfig, device: torch.device
+) -> tuple[Judged, Judged]:
+    """Two disjoint sets of eval.num_samples real training images: the reference, and one to hold against it."""
+    num = config.num_samples
     order = draw_indices(np.arange(len(train_set)), 2 * num, seed=0)
     halves = [
         judge(extractors, _images(train_set, part, config.batch_size), device=device, total=num, title=f"real/{name}")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from engine.checkpoint import write_json
 from engine.config import difference
@@ -73,16 +72,20 @@ def read_scores(path: Path) -> list[Record]:
 
 
 def merge_scores(path: Path, new: Sequence[Record]) -> list[Record]:
-    """Put records into a metrics.json, in place of older ones of the same name, subject and tap."""
-    kept = {_key(entry): entry for entry in (read_scores(path) if Path(path).exists() else [])}
-    kept.update({_key(entry): entry for entry in new})
-    records = list(kept.values())
+    """Put records into a metrics.json, in place of all older ones of their names and subjects.
+
+    Taps of one name and subject stay side by side only if they come together, so a better tap replaces the old one.
+    """
+    fresh = {(*_key(entry), entry.get("tap")): entry for entry in new}
+    replaced = {_key(entry) for entry in new}
+    old = read_scores(path) if Path(path).exists() else []
+    records = [entry for entry in old if _key(entry) not in replaced] + list(fresh.values())
     write_json(path, records)
     return records
 
 
 def compare(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Rows {"name", "subject", "tap", "scores": one record per file} of every score that all the files have.
+    """Rows {"name", "subject", "scores": one record per file} of every score that all the files have.
 
     Raises:
         ValueError: fewer than two files, nothing in common, or a score measured under unlike protocols.
@@ -97,13 +100,17 @@ def compare(paths: Sequence[Path]) -> list[dict[str, Any]]:
     for key in shared:
         scores = [table[key] for table in tables]
         _refuse_unlike(key, paths, scores)
-        rows.append({"name": key[0], "subject": key[1], "tap": scores[0].get("tap"), "scores": scores})
+        rows.append({"name": key[0], "subject": key[1], "scores": scores})
     return rows
 
 
-def pixels_hash(images: Tensor) -> str:
-    """Identity of a set of uint8 images [N, 3, H, W] by content, 16 hexadecimal digits; the order counts."""
-    return hashlib.sha256(str(tuple(images.shape)).encode() + images.contiguous().numpy().tobytes()).hexdigest()[:16]
+def comparison_table(paths: Sequence[Path]) -> str:
+    """`compare` as aligned lines: subject, score, then value and interval in each file."""
+    rows = [("subject", "score", *(str(path) for path in paths))]
+    for row in compare(paths):
+        rows.append((row["subject"], row["name"], *(_told(score) for score in row["scores"])))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def code_version() -> str:
@@ -118,11 +125,17 @@ def _what_matters(stated: dict[str, Any]) -> dict[str, Any]:
     return {key: stated[key] for key in MATTERS if key in stated}
 
 
-def _key(entry: Record) -> tuple[str, str, str]:
-    return entry["name"], entry["subject"], entry.get("tap") or ""
+def _key(entry: Record) -> tuple[str, str]:
+    return entry["name"], entry["subject"]
 
 
-def _refuse_unlike(key: tuple[str, str, str], paths: Sequence[Path], scores: Sequence[Record]) -> None:
+def _told(score: Record) -> str:
+    low_high = score["interval"]
+    interval = f" ({low_high[0]:.4g} .. {low_high[1]:.4g})" if low_high else ""
+    return f"{score['value']:.4g}{interval}" + (f" at {score['tap']}" if "tap" in score else "")
+
+
+def _refuse_unlike(key: tuple[str, str], paths: Sequence[Path], scores: Sequence[Record]) -> None:
     first = scores[0]["protocol"]
     for path, score in zip(paths[1:], scores[1:], strict=True):
         changes = difference(_what_matters(first), _what_matters(score["protocol"]))

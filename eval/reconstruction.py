@@ -15,7 +15,7 @@ TRUNKS = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}
 
 
 def psnr(images: Tensor, others: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of pairs of uint8 images [B, 3, H, W]: [B], peak 255; equal ones count as 100."""
+    """Peak signal-to-noise ratio in dB [B] of uint8 images [B, 3, H, W] in pairs; peak 255, equal ones count as 100."""
     error = (images.double() - others.double()).square().mean(dim=(1, 2, 3))
     return (20 * torch.log10(torch.tensor(255.0)) - 10 * error.log10()).clamp(max=MAX_PSNR)
 

@@ -15,7 +15,15 @@ from engine.sources import open_images
 from eval.classifier import Classifier, train_classifier
 from eval.config import EvalConfig
 from eval.features import Extractor, open_features
-from eval.generator_scores import ensure_samples, real_halves, score_likelihood, score_real, score_samples, weights_kind
+from eval.generator_scores import (
+    check_enough_real,
+    ensure_samples,
+    real_halves,
+    score_likelihood,
+    score_real,
+    score_samples,
+    weights_kind,
+)
 from eval.protocol import Record, merge_scores
 from eval.taps import (
     Representation,
@@ -97,6 +105,8 @@ def evaluate(
         device=device,
     )
     parts = [only] if only else ["reconstruction", "fid", "probe"]
+    if "fid" in parts:
+        check_enough_real(subject.train_set, eval.num_samples)
     extractors = [] if only == "probe" else open_extractors(subject)
     folders = _samples(subject) if "fid" in parts else {}
     records: list[Record] = []

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from generator.condition import check_guidance, label_rows
 from generator.config import AutoregressiveModelConfig, AutoregressiveSampleConfig
 from generator.decoding import decode, seeded_uniforms
 from generator.transformer import Block, KVCache
@@ -116,7 +117,7 @@ class Autoregressive(nn.Module):
         self.check_guidance(chosen.guidance)
         device = self.network.head.weight.device
         uniforms = seeded_uniforms(seeds, self.network.length).to(device)         # [B, T]
-        labels = self._label_rows(labels, len(uniforms)).to(device)               # [B]
+        labels = label_rows(labels, len(uniforms), self.num_classes).to(device)   # [B]
         if prefix is not None:
             prefix = self._checked(prefix).to(device)
             if prefix.shape[1] >= self.network.length or len(prefix) != len(labels):
@@ -126,11 +127,7 @@ class Autoregressive(nn.Module):
 
     def check_guidance(self, guidance: float) -> None:
         """Raise ValueError if guidance is asked of a network that did not learn both a class and no class."""
-        if guidance != 1 and not (self.num_classes and self.label_dropout):
-            raise ValueError(
-                f"autoregressive.sample.guidance={guidance} compares a class with none, but this generator learned only"
-                " one of them: use guidance=1, or train on labels with autoregressive.model.label_dropout above 0"
-            )
+        check_guidance(self.family, guidance, num_classes=self.num_classes, label_dropout=self.label_dropout)
 
     @torch.no_grad()
     def features(self, codes: Tensor, tap: str) -> Tensor:
@@ -149,19 +146,13 @@ class Autoregressive(nn.Module):
 
         A generator without classes ignores the labels.
         """
-        rows = self._label_rows(labels if self.num_classes else None, len(codes)).to(codes.device)
+        rows = label_rows(labels if self.num_classes else None, len(codes), self.num_classes).to(codes.device)
         logits = self.network(self._checked(codes), rows)                         # [B, T, K]
         return F.cross_entropy(logits.float().transpose(1, 2), codes, reduction="none").sum(1)
 
     def _checked(self, codes: Tensor) -> Tensor:
         check_codes(codes, self.network.vocab_size, self.network.length)
         return codes
-
-    def _label_rows(self, labels: Tensor | None, rows: int) -> Tensor:
-        labels = torch.full((rows,), -1) if labels is None else labels
-        if len(labels) != rows:
-            raise ValueError(f"{len(labels)} labels for {rows} samples: give one label for each")
-        return null_unknown(labels, self.num_classes)
 
 
 def build_network(model: AutoregressiveModelConfig, card: dict[str, Any]) -> VIM:
@@ -178,16 +169,3 @@ def check_codes(codes: Tensor, vocab_size: int, length: int) -> None:
     if low < 0 or high >= vocab_size:
         wrong = low if low < 0 else high
         raise ValueError(f"code {wrong} is out of the vocabulary 0 .. {vocab_size - 1}: did another tokenizer make it?")
-
-
-def null_unknown(labels: Tensor, num_classes: int) -> Tensor:
-    """Labels with -1 (none known) replaced by the null label `num_classes`.
-
-    Raises:
-        ValueError: a label outside -1 .. num_classes - 1.
-    """
-    wrong = labels[(labels < -1) | (labels >= num_classes)]
-    if len(wrong):
-        allowed = f"0 .. {num_classes - 1}, or -1 for none" if num_classes else "-1: the generator knows no classes"
-        raise ValueError(f"label {int(wrong[0])} must be {allowed}")
-    return torch.where(labels < 0, num_classes, labels)

@@ -18,7 +18,8 @@ from engine.checkpoint import load_model, write_json
 from engine.config import RunConfig
 from engine.device import Device
 from engine.log import progress, save_grid
-from generator.autoregressive import Autoregressive, null_unknown
+from generator.autoregressive import Autoregressive
+from generator.condition import null_unknown
 from generator.config import AutoregressiveConfig, DiffusionConfig
 from generator.diffusion import Diffusion
 from tokenizer.model import Tokenizer, load_tokenizer

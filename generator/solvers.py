@@ -44,16 +44,21 @@ def euler(denoise: Denoise, x: Tensor, levels: Tensor) -> Tensor:
 
 
 def heun(denoise: Denoise, x: Tensor, levels: Tensor) -> Tensor:
-    """Heun's second-order steps in s, the last one Euler's (Karras et al., 2022, algorithm 1)."""
-    logsnrs = [*(logsnr for logsnr, _, _ in _intervals(x, levels)), None]
-    for (logsnr, s, s_next), logsnr_next in zip(_intervals(x, levels), logsnrs[1:], strict=True):
+    """Heun's second-order steps along the linear flow, the last one Euler's (Karras et al., 2022, algorithm 1).
+
+    The flow's variables are t = s / (1 + s) and x_t = x / (1 + s), with slope eps - x0. Steps in s itself overshoot at
+    the first levels, where s falls many times over; along the flow the slope is bounded at both ends.
+    """
+    intervals = list(_intervals(x, levels))
+    for i, (logsnr, s, s_next) in enumerate(intervals):
         x0 = denoise(x, logsnr)
         x_euler = x0 + (s_next / s) * (x - x0)
-        if logsnr_next is None:
+        if i + 1 == len(intervals):
             return x_euler
-        slope = (x - x0) / s
-        slope_next = (x_euler - denoise(x_euler, logsnr_next)) / s_next
-        x = x + (s_next - s) * (slope + slope_next) / 2
+        x0_next = denoise(x_euler, intervals[i + 1][0])
+        slope, slope_next = (x - x0) / s - x0, (x_euler - x0_next) / s_next - x0_next
+        t, t_next = s / (1 + s), s_next / (1 + s_next)
+        x = (1 + s_next) * (x / (1 + s) + (t_next - t) * (slope + slope_next) / 2)
     return x
 
 

@@ -17,7 +17,7 @@ def l1(images: Tensor, target: Tensor) -> Tensor:
 
 
 def psnr(images: Tensor, target: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image in decibels, `10 log10(255^2 / mse)`; infinite for equal images.
+    """Peak signal-to-noise ratio of each image in decibels, `10 log10(255^2 / mse)`; equal images count as 100.
 
     Args:
         images, target: uint8 [B, 3, H, W].
@@ -26,4 +26,4 @@ def psnr(images: Tensor, target: Tensor) -> Tensor:
         float32 [B].
     """
     error = (images.float() - target.float()).square().mean(dim=(1, 2, 3))  # [B]
-    return 10 * torch.log10(255.0**2 / error)
+    return (10 * torch.log10(255.0**2 / error)).clamp(max=100)

@@ -15,9 +15,10 @@ from engine.checkpoint import load_model, save_model
 from engine.config import DataConfig, RunConfig, to_dict
 from engine.device import Device
 from engine.images import ImageSet, to_float, to_uint8
-from engine.loop import Task, fit
+from engine.loop import fit
 from engine.optim import adamw
 from engine.sources import open_images
+from engine.task import Task
 from tokenizer.config import TokenizerConfig
 from tokenizer.losses import l1, l2, psnr
 from tokenizer.model import Tokenizer, model_card
@@ -86,7 +87,7 @@ class TokenizerTask(Task):
 
     def preview(self) -> dict[str, Tensor]:
         """Test images, each followed by its reconstruction."""
-        batch = next(self.test.in_order(PREVIEW_IMAGES))
+        batch = next(self.test.in_order(PREVIEW_IMAGES, stop=PREVIEW_IMAGES))
         pairs = torch.stack([batch["images"], self._reconstruct(batch["images"])[0]], dim=1)  # [N, 2, 3, H, W]
         return {"reconstructions": pairs.flatten(0, 1)}
 

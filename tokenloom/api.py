@@ -64,5 +64,3 @@ def score(path: str | Path, *, only: str | None = None, device: Device | None = 
     place = [f"--run.root={folder.parent}", f"--run.name={folder.name}"]
     experiment = load_experiment(["--config", str(folder / "config.yaml"), *place])
     return pipeline.evaluate(experiment, device or setup(experiment.run), only=only)
-
-

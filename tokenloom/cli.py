@@ -20,10 +20,10 @@ usage: tokenloom COMMAND --config FILE [--section.key=value ...]
   tokenizer  train stage 1
   encode     images to codes and latents on disk
   generator  train stage 2                                [--only autoregressive|diffusion]
-  sample     pictures from a trained generator            [--only FAMILY] [--num 64] [--label 3] [--seed 0] [--out FOLDER]
+  sample     pictures from a trained generator            [--only FAMILY] [--num 64] [--label 3] [--seed 0] [--out DIR]
   eval       scores                                       [--only fid|reconstruction|probe]
   report     one page with curves, samples and scores
-  export     the finished models alone, to share          --out FOLDER
+  export     the finished models alone, to share          --out DIR
   speed      images/s, FLOP/s and memory of each stage
   compare    scores of several runs side by side          tokenloom compare a.json b.json
   doctor     versions, device, disk, extras, weights
@@ -175,13 +175,15 @@ def _speed(experiment: Experiment, device: Device, _: argparse.Namespace) -> Non
 def _compare(words: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="tokenloom compare", description="Scores of several runs side by side.")
     parser.add_argument("metrics", nargs="+", help="eval/metrics.json of each run")
-    from eval.protocol import compare
+    paths = [Path(path) for path in parser.parse_args(list(words)).metrics]
+    from eval.protocol import comparison_table
 
-    print(compare(parser.parse_args(list(words)).metrics))
+    print(comparison_table(paths))
 
 
 def _doctor(words: Sequence[str]) -> None:
-    argparse.ArgumentParser(prog="tokenloom doctor", description="What is installed and found here.").parse_args(list(words))
+    parser = argparse.ArgumentParser(prog="tokenloom doctor", description="What is installed and found here.")
+    parser.parse_args(list(words))
     from tokenloom.doctor import doctor
 
     print(doctor())

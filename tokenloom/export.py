@@ -18,7 +18,8 @@ def export(run: Path, out: Path) -> Path:
     """
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"--out={out} is not empty: give a new folder")
-    cards = {stage: load_model(run / stage)[0] for stage in STAGES if stage == "tokenizer" or (run / stage / "model.json").exists()}
+    stages = [stage for stage in STAGES if stage == "tokenizer" or (run / stage / "model.json").exists()]
+    cards = {stage: load_model(run / stage)[0] for stage in stages}
     for stage in cards:
         (out / stage).mkdir(parents=True, exist_ok=True)
         for name in ("model.safetensors", "model.json"):

@@ -99,7 +99,8 @@ def _stage(experiment: Experiment, device: Device, name: str, result: str) -> It
     write_atomic(folder / "config.yaml", to_yaml(experiment).encode())
     path = folder / "stages.json"
     stages = json.loads(path.read_text()) if path.exists() else {}
-    write_json(path, {**stages, name: {"seconds": round(seconds, 1), "processes": device.world, "precision": device.precision}})
+    how = {"seconds": round(seconds, 1), "processes": device.world, "precision": device.precision}
+    write_json(path, {**stages, name: how})
 
 
 def _changed_at(path: Path) -> int:

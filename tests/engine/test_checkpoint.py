@@ -85,7 +85,7 @@ def test_nothing_is_loaded_that_could_run_code(tmp_path: Path) -> None:
         "sha256": checkpoint.sha256(folder / "state.pt"),
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(Exception, match="[Ww]eights"):
+    with pytest.raises(Exception, match=r"[Ww]eights"):
         load_checkpoint(tmp_path)
     assert not (tmp_path / "owned").exists()
 

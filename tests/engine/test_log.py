@@ -35,7 +35,9 @@ def test_tensorboard_gets_the_same_figures(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 0.25)]
 
 
-def test_plain_lines_tell_rate_and_time_left(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_lines_tell_rate_and_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(log, "PLAIN_SECONDS", -1.0)
     with progress(total=4, title="train", unit="image") as bar:
         bar.update(2, loss=0.5)

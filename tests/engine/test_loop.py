@@ -20,9 +20,8 @@ TOY = [sys.executable, str(Path(__file__).parent / "toy.py")]
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*TOY, str(folder), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )  # fmt: skip
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*TOY, str(folder), *words], **pipes, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def wait_for(condition, process: subprocess.Popen[str]) -> None:
@@ -124,8 +123,7 @@ def test_previews_and_validation_are_written(tmp_path: Path) -> None:
 def test_several_processes_train_to_the_weights_of_one(tmp_path: Path) -> None:
     train_toy(tmp_path / "one")
     for parallel in ("ddp", "fsdp"):
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv-backend=c10d",
-                    "--rdzv-endpoint=localhost:0"]  # fmt: skip
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         command = [*torchrun, TOY[1], str(tmp_path / parallel), f"parallel={parallel}"]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
@@ -135,7 +133,15 @@ def test_several_processes_train_to_the_weights_of_one(tmp_path: Path) -> None:
 def test_metrics_are_json_lines_with_rates(tmp_path: Path) -> None:
     train_toy(tmp_path, steps=8)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert {"step", "loss", "size", "learning_rate", "grad_norm/first", "grad_norm/second", "samples_per_second"} <= lines[0].keys()
+    assert {
+        "step",
+        "loss",
+        "size",
+        "learning_rate",
+        "grad_norm/first",
+        "grad_norm/second",
+        "samples_per_second",
+    } <= lines[0].keys()
 
 
 @pytest.mark.slow

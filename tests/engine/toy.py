@@ -35,10 +35,14 @@ class Denoise(Task):
 
     averaged = ("first",)
 
-    def __init__(self, train: TrainConfig, *, dropout: float = 0.0, bad_steps: range = range(0), pause: float = 0.0) -> None:
+    def __init__(
+        self, train: TrainConfig, *, dropout: float = 0.0, bad_steps: range = range(0), pause: float = 0.0
+    ) -> None:
         torch.manual_seed(0)
         self.modules = {
-            "first": nn.Sequential(nn.ModuleList([nn.Linear(8, 16)])[0], nn.GELU(), nn.Dropout(dropout), nn.Linear(16, 8)),
+            "first": nn.Sequential(
+                nn.ModuleList([nn.Linear(8, 16)])[0], nn.GELU(), nn.Dropout(dropout), nn.Linear(16, 8)
+            ),
             "second": nn.Linear(8, 8),
         }
         self.optimizers = {name: adamw(module, train) for name, module in self.modules.items()}
@@ -86,8 +90,8 @@ def train_toy(
 ) -> tuple[str, Denoise]:
     """Train and return the sha256 of the final weights, and the task."""
     train = TrainConfig(
-        steps=steps, batch_size=batch_size, accumulate=accumulate, log_every=4, preview_every=10, learning_rate=learning_rate,
-        checkpoint_every=checkpoint_every, milestone_every=milestone_every, max_bad_steps=3,
+        steps=steps, batch_size=batch_size, accumulate=accumulate, learning_rate=learning_rate, log_every=4,
+        preview_every=10, checkpoint_every=checkpoint_every, milestone_every=milestone_every, max_bad_steps=3,
     )  # fmt: skip
     run = RunConfig(device="cpu", precision="fp32", threads=1, compile=compile, parallel=parallel)  # type: ignore[arg-type]
     task = Denoise(train, dropout=dropout, bad_steps=bad_steps, pause=pause)
@@ -118,5 +122,7 @@ def flat(folder: Path) -> Tensor:
 
 if __name__ == "__main__":
     words = dict(word.split("=") for word in sys.argv[2:])
-    values = {key: float(value) if "." in value else int(value) if value.isdigit() else value for key, value in words.items()}
+    values = {
+        key: float(value) if "." in value else int(value) if value.isdigit() else value for key, value in words.items()
+    }
     print(train_toy(Path(sys.argv[1]), **values)[0])  # type: ignore[arg-type]

@@ -11,7 +11,8 @@ def images(n: int = 2, size: int = 32) -> torch.Tensor:
 
 def test_only_inception_gives_the_name_fid() -> None:
     assert [score_name(score, "inception") for score in ("fd", "rfd", "is")] == ["fid", "rfid", "is"]
-    names = [score_name(score, features) for score in ("fd", "rfd", "is") for features in ("random", "classifier", "dino")]
+    others = ("random", "classifier", "dinov2")
+    names = [score_name(score, features) for score in ("fd", "rfd", "is") for features in others]
     assert names[0] == "fd_random"
     assert not {"fid", "rfid", "is"} & set(names)
 
@@ -59,7 +60,7 @@ def test_inception_weights_are_found_in_torch_hubs_folder(tmp_path, monkeypatch)
     path.parent.mkdir(parents=True)
     path.write_bytes(b"other bytes")
     assert inception_file(None) == path
-    with pytest.raises(ValueError, match="sha256 starts with .* not 6726825d"):
+    with pytest.raises(ValueError, match=r"sha256 starts with .* not 6726825d"):
         open_features("inception")
 
 
@@ -98,7 +99,8 @@ def test_any_timm_network_with_a_local_file(tmp_path) -> None:
     torch.manual_seed(0)
     network = timm.create_model("test_resnet", num_classes=7).eval()
     path = tmp_path / "my_net.safetensors"
-    save_file({key: value.half() if value.is_floating_point() else value for key, value in network.state_dict().items()}, path)
+    state = network.half().state_dict()
+    save_file(state, path)
     extractor = open_features(f"timm:test_resnet:{path}:64")
     features, logits = extractor.outputs(images())
     assert (extractor.name, extractor.size) == ("my-net", 64)

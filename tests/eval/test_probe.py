@@ -1,7 +1,17 @@
 import pytest
 import torch
 
-from eval.probe import TapScore, best_tap, choose_penalty, fit_logistic, held_out_split, predict, probe_curve, probe_tap, standardise
+from eval.probe import (
+    TapScore,
+    best_tap,
+    choose_penalty,
+    fit_logistic,
+    held_out_split,
+    predict,
+    probe_curve,
+    probe_tap,
+    standardise,
+)
 from eval.statistics import Estimate
 
 C_GRID = (1e-3, 1e-1, 10.0)

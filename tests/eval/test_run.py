@@ -135,7 +135,7 @@ def test_a_generator_that_is_not_trained_yet_is_left_out(run: RunConfig, capsys:
 
 
 def test_refusals(run: RunConfig) -> None:
-    with pytest.raises(ValueError, match=r"num_samples=800: .* the train split has 1437; set --eval.num_samples=718"):
+    with pytest.raises(ValueError, match=r"num_samples=800: .* the train split has 1438; set --eval.num_samples=719"):
         scores(run, "fid", dataclasses.replace(EVAL, num_samples=800, features=("random",)), autoregressive=None)
     with pytest.raises(ValueError, match="FID needs the Inception weights"):
         scores(run, "fid", dataclasses.replace(EVAL, features=("inception",), inception_weights="absent.pth"))

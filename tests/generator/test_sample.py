@@ -14,6 +14,7 @@ from engine.config import RunConfig
 from engine.device import Device
 from engine.shards import open_shards
 from generator.autoregressive import build_network
+from generator.card import generator_card
 from generator.config import (
     AutoregressiveConfig,
     AutoregressiveModelConfig,
@@ -24,7 +25,6 @@ from generator.config import (
 )
 from generator.diffusion import build_denoiser
 from generator.sample import grid_rows, load_generator, sample, sample_images
-from generator.train import generator_card
 from tokenizer.model import load_tokenizer
 
 CONFIGS = {

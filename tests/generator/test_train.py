@@ -13,6 +13,9 @@ from engine.checkpoint import load_model
 from engine.config import DataConfig, RunConfig, TrainConfig
 from engine.device import Device
 from engine.shards import open_shards
+from generator.autoregressive_task import AutoregressiveTask
+from generator.card import generator_card
+from generator.condition import spread_labels
 from generator.config import (
     AutoregressiveConfig,
     AutoregressiveModelConfig,
@@ -22,7 +25,7 @@ from generator.config import (
     DiffusionSampleConfig,
 )
 from generator.sample import load_generator
-from generator.train import AutoregressiveTask, generator_card, spread_labels, train_generator
+from generator.train import train_generator
 from tokenizer.model import load_tokenizer
 
 TRAIN = TrainConfig(
@@ -71,7 +74,7 @@ def test_validation_counts_every_held_out_token_once(run: RunConfig, monkeypatch
     task.network.eval()
     batch = task.test_shards.load(torch.arange(24).numpy())
     nats = task.generator.nll(batch["codes"], batch["labels"])
-    monkeypatch.setattr("generator.train.VALIDATION_BATCH", 7)
+    monkeypatch.setattr("generator.autoregressive_task.VALIDATION_BATCH", 7)
     with torch.inference_mode():
         figures = task.validate()
     assert figures["nll"] == pytest.approx(nats.mean().item() / 16, rel=1e-5)
@@ -81,7 +84,7 @@ def test_validation_counts_every_held_out_token_once(run: RunConfig, monkeypatch
 
 
 def test_validation_of_part_of_the_test_set_spreads_over_it(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("generator.train.VALIDATION_IMAGES", 6)
+    monkeypatch.setattr("generator.autoregressive_task.VALIDATION_IMAGES", 6)
     task = make_task(run)
     codes = torch.cat([codes for codes, _ in task._test_batches()])
     assert torch.equal(codes, task.test_shards.load(torch.arange(0, 24, 4).numpy())["codes"])

@@ -30,13 +30,13 @@ def test_unknown_presets_are_refused_by_name(preset: str) -> None:
 def test_senseless_values_are_refused() -> None:
     with pytest.raises(ValueError, match="width=10 is not a multiple of heads=3"):
         TowerConfig(blocks=1, width=10, heads=3, mlp=16)
-    with pytest.raises(ValueError, match="model.vocab_size=1"):
+    with pytest.raises(ValueError, match=r"model\.vocab_size=1"):
         TokenizerModelConfig(vocab_size=1)
     with pytest.raises(ValueError, match="revive_after=-1"):
         QuantizerConfig(revive_after=-1)
-    with pytest.raises(ValueError, match="loss.commitment=-0.5"):
+    with pytest.raises(ValueError, match=r"loss\.commitment=-0\.5"):
         TokenizerLossConfig(commitment=-0.5)
-    with pytest.raises(ValueError, match="loss.l2 and loss.l1 are both 0"):
+    with pytest.raises(ValueError, match=r"loss\.l2 and loss\.l1 are both 0"):
         TokenizerLossConfig(l2=0.0)
     with pytest.raises(ValueError, match="encode_batch_size=0"):
         TokenizerConfig(encode_batch_size=0)

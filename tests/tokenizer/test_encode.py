@@ -73,5 +73,5 @@ def test_what_is_there_is_left_alone_and_what_is_stale_made_anew(
 
 
 def test_another_image_size_is_refused(run: RunConfig, device: Device) -> None:
-    with pytest.raises(ValueError, match="data.size=32, but the tokenizer in .* was trained at 16 pixels"):
+    with pytest.raises(ValueError, match=r"data\.size=32, but the tokenizer in .* was trained at 16 pixels"):
         encode_images(run=run, data=DataConfig(size=32), tokenizer=TokenizerConfig(), device=device)

@@ -79,7 +79,7 @@ def test_wrong_codes_and_latents_are_refused(tokenizer: Tokenizer) -> None:
         with pytest.raises(ValueError, match=r"reads int64 \[B, 16\]"):
             tokenizer.decode(wrong)
     for value in (-1, 32):
-        with pytest.raises(ValueError, match="outside this tokenizer's 0 .. 31"):
+        with pytest.raises(ValueError, match=r"outside this tokenizer's 0 \.\. 31"):
             tokenizer.decode(torch.full((2, 16), value))
     with pytest.raises(ValueError, match="latents are"):
         tokenizer.from_latents(torch.zeros(2, 4, 4, 3))
@@ -127,7 +127,7 @@ def test_fingerprint_changes_with_the_weights(tokenizer: Tokenizer, tmp_path: Pa
 
 
 def test_missing_and_foreign_models_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="model.json is missing"):
+    with pytest.raises(ValueError, match=r"model\.json is missing"):
         load_tokenizer(tmp_path)
     save_model(tmp_path, tokenizer.state_dict(), {**model_card(tokenizer), "kind": "diffusion"})
     with pytest.raises(ValueError, match="describes a 'diffusion', not a tokenizer"):

@@ -146,5 +146,5 @@ def test_a_finished_run_is_left_alone_and_another_is_refused(tmp_path: Path, dev
     written = (folder / "model.json").stat().st_mtime_ns
     trained(tmp_path, device)
     assert (folder / "model.json").stat().st_mtime_ns == written
-    with pytest.raises(ValueError, match="tokenizer.loss.commitment: 0.25 -> 1.0"):
+    with pytest.raises(ValueError, match=r"tokenizer\.loss\.commitment: 0\.25 -> 1\.0"):
         trained(tmp_path, device, replace(CONFIG, loss=TokenizerLossConfig(commitment=1.0)))

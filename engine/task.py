@@ -1,0 +1,43 @@
+"""What the training loop drives: the contract between it and a room."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.batches import StepRandom
+
+
+class Task:
+    """Networks, their optimizers and a loss. A room subclasses it."""
+
+    modules: dict[str, nn.Module]
+    """Networks that are trained; the loop replaces them by their distributed form, so call them through this table."""
+    optimizers: dict[str, torch.optim.Optimizer]
+    """An optimizer for each network, under the same name."""
+    averaged: tuple[str, ...] = ()
+    """Names of the networks whose weights are averaged (EMA)."""
+
+    def step(self, batch: dict[str, Tensor], rng: StepRandom) -> dict[str, Tensor]:
+        """Scalars of one part of a batch: `loss`, which is back-propagated, and whatever is worth logging."""
+        raise NotImplementedError
+
+    def after_step(self, step: int, metrics: dict[str, float], rng: StepRandom) -> None:
+        """Runs after each good optimizer step; `metrics` are this step's, averaged over its parts and processes."""
+
+    def validate(self) -> dict[str, float]:
+        """Figures on held-out data, measured with averaged weights in evaluation mode."""
+        return {}
+
+    def preview(self) -> dict[str, Tensor]:
+        """Pictures to look at, name -> uint8 [N, 3, H, W], made with averaged weights in evaluation mode."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive a restart beyond the networks and optimizers: tensors and primitives only."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The counterpart of `state_dict`."""

@@ -1,0 +1,45 @@
+"""The card of a generator: what `model.json` holds beside the weights, enough to rebuild it and to refuse a mix-up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from engine.config import to_dict
+from engine.shards import Shards
+from generator.condition import null_unknown
+from generator.config import AutoregressiveConfig, DiffusionConfig
+from tokenizer.model import Tokenizer
+
+
+def family_of(config: AutoregressiveConfig | DiffusionConfig) -> str:
+    """The name of a section's family: of its folder and of its scores."""
+    return "autoregressive" if isinstance(config, AutoregressiveConfig) else "diffusion"
+
+
+def generator_card(
+    config: AutoregressiveConfig | DiffusionConfig, shards: Shards, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """What `model.json` must hold to rebuild a generator; training and sampling settings are told, but name no model.
+
+    Raises:
+        ValueError: a label of the codes has no class name.
+    """
+    names = list(shards.meta["class_names"])
+    null_unknown(torch.from_numpy(shards.labels), len(names))
+    told = to_dict(config)
+    names = [] if config.model.label_dropout == 1 else names
+    return {
+        "kind": "generator",
+        "family": family_of(config),
+        "config": {key: value for key, value in told.items() if key not in ("train", "sample")},
+        "train": told["train"],
+        "sample": told["sample"],
+        "num_classes": len(names),
+        "class_names": names,
+        "grid": list(tokenizer.grid),
+        "vocab_size": tokenizer.vocab_size,
+        "latent_shape": list(tokenizer.latent_shape),
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+    }

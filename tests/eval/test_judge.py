@@ -1,0 +1,69 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from eval.classifier import Classifier
+from eval.features import open_features
+from eval.judge import class_accuracy, draw_indices, exact_products, judge, png_batches
+
+CPU = torch.device("cpu")
+
+
+def images(n: int) -> torch.Tensor:
+    return torch.randint(0, 256, (n, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_batch_size_changes_neither_identity_nor_features() -> None:
+    extractors = [open_features("random")]
+    one, many = (judge(extractors, images(10).split(size), device=CPU) for size in (10, 3))
+    assert one.n == many.n == 10
+    assert one.pixels == many.pixels
+    torch.testing.assert_close(one.outputs["random"].features, many.outputs["random"].features)
+    assert judge(extractors, [images(10).flip(0)], device=CPU).pixels != one.pixels
+
+
+def test_no_image_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no image to judge"):
+        judge([open_features("random")], [], device=CPU)
+
+
+def test_precision_of_products_is_full_inside_and_restored_after() -> None:
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with exact_products():
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert torch.is_inference_mode_enabled()
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_class_accuracy_counts_the_classifiers_agreement() -> None:
+    torch.manual_seed(0)
+    extractor = open_features("classifier", classifier=Classifier((8, 8, 8), 4).eval())
+    judged = judge([extractor], [images(12)], device=CPU)
+    labels = extractor.outputs(images(12))[1].argmax(1)
+    assert class_accuracy("diffusion", judged, labels, extractor, facts={})["value"] == 1.0
+    labels[:3] = (labels[:3] + 1) % 4
+    assert class_accuracy("diffusion", judged, labels, extractor, facts={})["value"] == 0.75
+
+
+def test_drawn_images_are_seeded_distinct_and_not_sorted() -> None:
+    candidates = np.arange(100, 200)
+    drawn = draw_indices(candidates, 50, seed=1)
+    assert len(set(drawn)) == 50
+    assert set(drawn) <= set(candidates)
+    assert not np.array_equal(drawn, np.sort(drawn))
+    assert np.array_equal(drawn, draw_indices(candidates, 50, seed=1))
+    assert sorted(draw_indices(candidates, 0, seed=1)) == candidates.tolist()
+
+
+def test_png_files_come_back_as_they_were_written(tmp_path) -> None:
+    for index, image in enumerate(images(5)):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{index:06d}.png")
+    assert torch.equal(torch.cat(list(png_batches(tmp_path, 5, size=16, batch_size=2))), images(5))
+    with pytest.raises(ValueError, match=r"000000\.png has 16 x 16 pixels, but data\.size=32"):
+        list(png_batches(tmp_path, 5, size=32, batch_size=2))
+    with pytest.raises(ValueError, match=r"000005\.png: not a readable image"):
+        list(png_batches(tmp_path, 6, size=16, batch_size=2))

@@ -1,0 +1,216 @@
+"""What the charts of a report show: training of each stage, use of the codes, the linear probe along its taps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from engine.shards import Shards
+from tokenloom.charts import Chart, Point, Series
+from tokenloom.page import facts, note
+from tokenloom.run_files import RunFiles
+from tokenloom.score_table import TITLES, find, share_text
+
+MAX_BARS = 512
+PROBED = ("tokenizer", "autoregressive", "diffusion")
+
+
+class Curve(NamedTuple):
+    """One key of metrics.jsonl as it is drawn; the legend adds the last value."""
+
+    key: str
+    label: str
+    tone: str = ""
+    kind: str = "line"
+
+
+class Panel(NamedTuple):
+    """One chart of a stage; values are multiplied by `factor` before they are drawn."""
+
+    title: str
+    unit: str
+    curves: tuple[Curve, ...]
+    factor: float = 1.0
+
+
+def _pair(key: str, training: str, held_out: str, validation: str = "") -> tuple[Curve, ...]:
+    return Curve(key, training, "plain"), Curve(f"validation/{validation or key}", held_out, "", "dots")
+
+
+PANELS = {
+    "tokenizer": (
+        Panel("Loss", "", (Curve("loss", "training"),)),
+        Panel("Reconstruction quality", "PSNR, dB", _pair("psnr", "training", "test images")),
+        Panel("Codebook usage", "% of codes", _pair("usage", "training", "test images"), 100),
+    ),
+    "autoregressive": (
+        Panel(
+            "Negative log likelihood",
+            "nats per code",
+            (
+                *_pair("loss", "training", "test images", "nll"),
+                Curve("validation/unigram_entropy", "code frequencies alone", "extra-2", "level"),
+            ),
+        ),
+    ),
+    "diffusion": (
+        Panel("Loss", "", _pair("loss", "training", "test latents")),
+        Panel(
+            "Loss on test latents by noise",
+            "",
+            tuple(
+                Curve(f"validation/loss_quarter_{number}", label, tone, "dots")
+                for number, label, tone in (
+                    (1, "least noise", "extra-1"),
+                    (2, "second quarter", "tokenizer"),
+                    (3, "third quarter", "extra-2"),
+                    (4, "most noise", "diffusion"),
+                )
+            ),
+        ),
+    ),
+}
+
+
+def training_panels(run: RunFiles, stage: str) -> list[str]:
+    """The main charts of a stage."""
+    lines = run.metrics(stage)
+    return [_drawn(panel, lines, stage) for panel in PANELS[stage]]
+
+
+def other_panels(run: RunFiles, stage: str) -> list[str]:
+    """A chart for everything else that the stage logged."""
+    lines = run.metrics(stage)
+    shown = {curve.key for panel in PANELS[stage] for curve in panel.curves}
+    keys = sorted({key for line in lines for key in line} - shown - {"step"})
+    names = dict.fromkeys(key.removeprefix("validation/") for key in keys)
+    panels = (Panel(name.replace("_", " "), "", _pair(name, "training", "held out")) for name in names)
+    return [_drawn(panel, lines, stage) for panel in panels]
+
+
+def _drawn(panel: Panel, lines: Sequence[dict[str, Any]], stage: str) -> str:
+    found = [(curve, _points(lines, curve.key, panel.factor)) for curve in panel.curves]
+    found = [(curve, points) for curve, points in found if points]
+    alone = len(found) == 1
+    series = [
+        Series(
+            label=f"{curve.label} {points[-1][1]:.4g}",
+            points=points,
+            tone=stage if alone else curve.tone or stage,
+            kind=curve.kind if len(points) > 1 or curve.kind == "level" else "dots",
+        )
+        for curve, points in found
+    ]
+    return Chart(title=panel.title, unit=panel.unit, series=series).html()
+
+
+def _points(lines: Sequence[dict[str, Any]], key: str, factor: float) -> list[Point]:
+    """Finite values only: the log keeps others as strings."""
+    found = ((line["step"], line.get(key)) for line in lines)
+    return [
+        (float(step), factor * value) for step, value in found if isinstance(value, int | float) and math.isfinite(value)
+    ]
+
+
+def code_usage(run: RunFiles) -> str:
+    """How often each code occurs, by rank, for both splits, with usage and perplexity."""
+    opened = {split: run.codes(split) for split in ("train", "test")}
+    counts = {split: _histogram(shards) for split, shards in opened.items()}
+    whole = {split: found for split, found in counts.items() if found is not None and found.sum()}
+    if not whole:
+        return note("No codes yet: `tokenloom encode` writes them once the tokenizer is trained.")
+    names = {"train": "training images", "test": "test images"}
+    charts = [_rank_chart(f"Codes of the {names[split]}", found) for split, found in whole.items()]
+    told: dict[str, Any] = {"codes in the vocabulary": f"{len(next(iter(whole.values()))):,}"}
+    for split, found in whole.items():
+        told[f"tokens, {names[split]}"] = f"{found.sum():,}"
+        told[f"usage, {names[split]}"] = f"{share_text(float((found > 0).mean()))} ({(found > 0).sum():,} codes)"
+        told[f"perplexity, {names[split]}"] = f"{perplexity(found):,.1f}"
+    card = f'<div class="chart"><figcaption>In numbers</figcaption>{facts(told)}</div>'.replace("figcaption", "h3")
+    return f'<div class="charts">{"".join(charts)}{card}</div>'
+
+
+def perplexity(counts: np.ndarray) -> float:
+    """exp of the entropy of code frequencies."""
+    shares = counts[counts > 0] / counts.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def _histogram(shards: Shards | None) -> np.ndarray | None:
+    try:
+        return None if shards is None else shards.histogram()
+    except (ValueError, OSError):
+        return None
+
+
+def _rank_chart(title: str, counts: np.ndarray) -> str:
+    """Frequencies in falling order as steps, beside the height that all would have if they were equal."""
+    shares = 100 * np.sort(counts)[::-1] / counts.sum()
+    ends = np.unique(np.linspace(0, len(shares), min(MAX_BARS, len(shares)) + 1).astype(int))[1:]
+    starts = np.concatenate([[0], ends[:-1]])
+    heights = [float(shares[first:last].mean()) for first, last in zip(starts, ends, strict=True)]
+    equal = 100 / len(shares)
+    series = [
+        Series(label="frequency", tone="tokenizer", kind="steps", points=list(zip(ends.tolist(), heights, strict=True))),
+        Series(label=f"all alike, {equal:.2g} %", tone="plain", kind="level", points=[(0, equal)]),
+    ]
+    top = (0.0, 1.06 * max(*heights, equal))
+    return Chart(title=title, unit="% of tokens", x_label="codes by frequency", series=series, y_range=top).html()
+
+
+def probe_curves(run: RunFiles) -> str:
+    """Top-1 accuracy at every tap of each family, the raw-pixel baseline, and the tap that was chosen."""
+    rows = [row for row in run.probe() if math.isfinite(row.get("test_top1", math.nan))]
+    if not rows:
+        return note("No probe yet: `tokenloom eval` fits it where the images have labels of at least two classes.")
+    values = [100 * value for row in rows for value in (row["test_top1"], *_interval(row))]
+    reach = max(values) - min(values) or 1.0
+    bounds = max(0.0, min(values) - 0.08 * reach), min(100.0, max(values) + 0.08 * reach)
+    pixels = [row for row in rows if row["family"] == "pixels"]
+    charts = [_probe_chart(run, family, rows, pixels, bounds) for family in PROBED if _of(rows, family)]
+    return f'<div class="charts">{"".join(charts)}</div>' if charts else note("Only raw pixels were probed.")
+
+
+def _probe_chart(run: RunFiles, family: str, rows: list[dict[str, Any]], pixels: list[dict[str, Any]], bounds: Point) -> str:
+    mine, record = _of(rows, family), find(run.scores(), family, "probe_top1")
+    taps = [row["tap"] for row in mine]
+    chosen = taps.index(record["tap"]) if record and record.get("tap") in taps else None
+    series = [
+        Series(
+            label="top-1 on test images" if chosen is None else f"chosen: {taps[chosen]}, {100 * mine[chosen]['test_top1']:.1f} %",
+            points=[(place, 100 * row["test_top1"]) for place, row in enumerate(mine)],
+            spans=[(100 * low, 100 * high) for low, high in map(_interval, mine)],
+            titles=[f"{row['tap']}: {100 * row['test_top1']:.1f} %" for row in mine],
+            tone=family,
+            kind="dots",
+            marked=chosen,
+        )
+    ]
+    if pixels:
+        value = 100 * pixels[0]["test_top1"]
+        series.append(Series(label=f"raw pixels {value:.1f} %", points=[(0, value)], tone="plain", kind="level"))
+    title = TITLES[family]
+    return Chart(title=title, unit="top-1, %", x_label="tap", series=series, names=taps, y_range=bounds).html()
+
+
+def _of(rows: Sequence[dict[str, Any]], family: str) -> list[dict[str, Any]]:
+    return [row for row in rows if row["family"] == family]
+
+
+def _interval(row: dict[str, Any]) -> Point:
+    low, high = row.get("interval") or (math.nan, math.nan)
+    value = row["test_top1"]
+    return (low, high) if math.isfinite(low) and math.isfinite(high) else (value, value)
+
+
+def throughput(run: RunFiles, stage: str) -> str:
+    """Steps and speed of a stage in words."""
+    done, total = run.progress(stage)
+    rates = sorted(value for _, value in _points(run.metrics(stage), "samples_per_second", 1.0))
+    steps = f"{done:,} steps" if run.state(stage) == "done" or not total else f"step {done:,} of {total:,}"
+    speed = f", {rates[len(rates) // 2]:,.0f} images/s" if rates else ""
+    return escape(steps + speed)

@@ -1,0 +1,126 @@
+"""The pictures of a report: samples by class, reconstructions beside originals, previews on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from tokenloom import page
+from tokenloom.pictures import (
+    cut_grid,
+    data_uri,
+    last_pairs,
+    montage,
+    read_picture,
+    rows_by_class,
+    sample_path,
+    shown_classes,
+    shrunk,
+)
+from tokenloom.run_files import FAMILIES, RunFiles
+from tokenloom.score_table import TITLES
+
+CLASSES, PER_CLASS, PLAIN_SAMPLES, PAIRS, PREVIEWS = 10, 6, 36, 16, 6
+PIXELATED_BELOW = 96  # pixels; smaller pictures are enlarged without smoothing
+SECTION_PIXELS = 700_000  # of all pictures of a section together; where that is too few, they are shrunk
+NOT_SAMPLED = {
+    "done": "trained, but no samples are drawn yet (`tokenloom sample`).",
+    "training": "still in training, so there are no samples yet.",
+    "planned": "not trained yet.",
+}
+Told = dict[str, Any]  # samples.json
+
+
+def samples(run: RunFiles) -> str:
+    """Samples of all families: by class where they have classes, else a plain grid."""
+    told = {family: run.samples(family) for family in FAMILIES}
+    by_class = {family: each for family, each in told.items() if each and max(each["labels"], default=-1) >= 0}
+    plain = {family: each for family, each in told.items() if each and family not in by_class}
+    parts = [_by_class(run, by_class)] if by_class else []
+    parts += [_plain(run, plain)] if plain else []
+    parts += [f'<p class="soft">{escape(_how(family, each))}</p>' for family, each in told.items() if each]
+    for family in FAMILIES:
+        if not told[family] and run.state(family) != "absent":
+            parts.append(page.note(f"{TITLES[family]}: {NOT_SAMPLED[run.state(family)]}"))
+    return "".join(parts) or page.note("No generator in this run so far, hence no samples.")
+
+
+def reconstructions(run: RunFiles) -> str:
+    """Pairs of test images and what the tokenizer makes of their codes."""
+    pairs = last_pairs(run)[:PAIRS]
+    if not pairs:
+        return page.note("No previews of reconstructions yet: the tokenizer writes them as it is trained.")
+    side = _side(2 * PAIRS)
+    rows = []
+    for number, pair in enumerate(pairs, start=1):
+        names = (f"test image {number}", f"reconstruction of test image {number}")
+        shown = (page.picture(data_uri(shrunk(each, side)), name) for each, name in zip(pair, names, strict=True))
+        rows.append(f"<div>{''.join(shown)}</div>")
+    return f'<div class="pairs{_look(run)}">{"".join(rows)}</div>'
+
+
+def previews(run: RunFiles, stage: str, *, wide: bool) -> str:
+    """How a generator's previews changed in training; empty if it wrote none."""
+    found = run.previews(stage)
+    last = len(found) - 1
+    chosen = sorted({round(place * last / (PREVIEWS - 1)) for place in range(PREVIEWS)}) if last >= 0 else []
+    pictures = []
+    for step, path in (found[place] for place in chosen):
+        tiles = [shrunk(tile, _side(PREVIEWS * 16)) for tile in cut_grid(path, run.image_size())]
+        if tiles:
+            uri = data_uri(montage(tiles, math.isqrt(len(tiles)), gap=max(1, tiles[0].shape[0] // 32)))
+            pictures.append(f"<div>{page.picture(uri, f'{stage} preview at step {step:,}')}<p>step {step:,}</p></div>")
+    if not pictures:
+        return ""
+    figure = f'<figure class="chart{" wide" if wide else ""}"><figcaption>Samples on the way</figcaption>'
+    return f'{figure}<div class="strip{_look(run)}">{"".join(pictures)}</div></figure>'
+
+
+def _by_class(run: RunFiles, told: dict[str, Told]) -> str:
+    """A row for each class, a cell for each family."""
+    classes = shown_classes(*(each["labels"] for each in told.values()), limit=CLASSES)
+    names = next((each["class_names"] for each in told.values() if each.get("class_names")), [])
+    side = _side(len(classes) * len(told) * PER_CLASS)
+    chosen = {family: rows_by_class(each["labels"], classes, PER_CLASS) for family, each in told.items()}
+    cells = ['<div class="corner"></div>', *(f'<div class="head">{escape(TITLES[family])}</div>' for family in told)]
+    for place, label in enumerate(classes):
+        name = str(names[label]) if label < len(names) else f"class {label}"
+        cells.append(f'<div class="label">{escape(name)}</div>')
+        cells += [_tiles(run, family, told[family], rows[place], side, f", class {name}") for family, rows in chosen.items()]
+    return f'<div class="samples{_look(run)}" style="--columns:{len(told)}">{"".join(cells)}</div>'
+
+
+def _plain(run: RunFiles, told: dict[str, Told]) -> str:
+    """Samples without classes: a grid for each family."""
+    side = _side(len(told) * PLAIN_SAMPLES)
+    grids = []
+    for family, each in told.items():
+        rows = range(min(PLAIN_SAMPLES, len(each["labels"])))
+        grids.append(f"<div><h3>{escape(TITLES[family])}</h3>{_tiles(run, family, each, rows, side, '')}</div>")
+    return f'<div class="halves{_look(run)}">{"".join(grids)}</div>'
+
+
+def _tiles(run: RunFiles, family: str, told: Told, rows: Sequence[int], side: int, what: str) -> str:
+    shown = []
+    for row in rows:
+        pixels = read_picture(sample_path(run, family, row))
+        if pixels is not None:
+            name = f"{TITLES[family]}{what}, seed {told['seeds'][row]}"
+            shown.append(page.picture(data_uri(shrunk(pixels, side)), name))
+    return f'<div class="tiles">{"".join(shown)}</div>'
+
+
+def _how(family: str, told: Told) -> str:
+    settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in told.get("settings", {}).items())
+    return f"{TITLES[family]}: the first of {len(told['labels']):,} samples, {settings or 'settings unknown'}."
+
+
+def _side(count: int) -> int:
+    """Largest side at which so many pictures keep a section within SECTION_PIXELS."""
+    return max(24, math.isqrt(SECTION_PIXELS // max(1, count)))
+
+
+def _look(run: RunFiles) -> str:
+    return " pixels" if 0 < run.image_size() < PIXELATED_BELOW else ""

@@ -1,0 +1,153 @@
+"""Scores in words: what each is called, how its number is written, and the table of a run with its protocols."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from eval.protocol import Record
+from tokenloom.page import flattened, table
+
+SUBJECTS = ("real", "tokenizer", "autoregressive", "diffusion", "pixels")
+TITLES = {
+    "real": "Real images against other real ones",
+    "tokenizer": "Tokenizer",
+    "autoregressive": "Autoregressive transformer",
+    "diffusion": "Latent diffusion",
+    "pixels": "Raw pixels",
+}
+PERCENT = "%"
+UP, DOWN = "\N{UPWARDS ARROW}", "\N{DOWNWARDS ARROW}"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How scores of one name are shown; `decimals` None means three significant digits."""
+
+    label: str
+    meaning: str
+    better: str = ""
+    unit: str = ""
+    decimals: int | None = None
+
+
+KINDS = {
+    "psnr": Kind("PSNR", "peak signal-to-noise ratio of reconstructions", UP, "dB", 2),
+    "ssim": Kind("SSIM", "structural similarity of reconstructions", UP, "", 3),
+    "lpips": Kind("LPIPS", "perceptual distance of reconstructions", DOWN, "", 3),
+    "usage": Kind("Codebook usage", "codes that occur at all", UP, PERCENT, 1),
+    "usage_256": Kind("Codebook usage in 256 images", "mean over batches of 256", UP, PERCENT, 1),
+    "perplexity": Kind("Code perplexity", "as many equally frequent codes say as much", UP, "", 1),
+    "rfd": Kind("Reconstruction Fréchet distance", "reconstructions against their originals", DOWN),
+    "rfid": Kind("rFID", "reconstructions against their originals", DOWN),
+    "fd": Kind("Fréchet distance", "to real training images", DOWN),
+    "fid": Kind("FID", "Fréchet distance to real training images", DOWN),
+    "is": Kind("Inception Score", "sure of each image, varied over all", UP, "", 2),
+    "is_": Kind("Confidence and variety", "Inception Score's formula", UP, "", 2),
+    "kid": Kind("Kernel distance", "squared MMD to real training images", DOWN),
+    "precision": Kind("Precision", "share that looks like real images", UP, PERCENT, 1),
+    "recall": Kind("Recall", "share of real images that is covered", UP, PERCENT, 1),
+    "class_accuracy": Kind("Class accuracy", "samples taken for the class that was asked", UP, PERCENT, 1),
+    "probe_top1": Kind("Linear probe", "top-1 on test images", UP, PERCENT, 1),
+    "nll": Kind("Negative log likelihood", "of test images, in nats per code", DOWN, "", 3),
+}
+
+
+def kind_of(name: str) -> Kind:
+    """How a score is shown: by its whole name, or by the part before the features that it was measured on."""
+    first = name.split("_")[0]
+    return KINDS.get(name) or KINDS.get(f"{first}_") or KINDS.get(first) or Kind(name, "")
+
+
+def written(name: str, value: float, *, like: float | None = None) -> str:
+    """A score's number without its unit; `like` is the value whose decimals an interval's bound takes over."""
+    kind = kind_of(name)
+    if not math.isfinite(value):
+        return "not finite"
+    if kind.unit == PERCENT:
+        value = 100 * value
+    decimals = significant_decimals(value if like is None else like) if kind.decimals is None else kind.decimals
+    text = f"{value:.2e}" if decimals > 6 else f"{value:,.{decimals}f}"
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def significant_decimals(value: float, digits: int = 3) -> int:
+    """Decimals that show so many significant digits."""
+    return digits - 1 if value == 0 else max(0, digits - 1 - math.floor(math.log10(abs(value))))
+
+
+def features_of(record: Record) -> str:
+    """Name of the features behind a score; empty where it has none."""
+    return str((record["protocol"].get("features") or {}).get("name", ""))
+
+
+def find(records: Iterable[Record], subject: str, *names: str) -> Record | None:
+    """The first score of a subject that has one of the names, or that name and any features (`fd` finds `fd_random`)."""
+    mine = [record for record in records if record["subject"] == subject]
+    for name in names:
+        for record in mine:
+            if record["name"] == name or record["name"].startswith(f"{name}_"):
+                return record
+    return None
+
+
+def score_tables(records: Sequence[Record]) -> str:
+    """A block for each subject: its table, and what it was measured under."""
+    found = {record["subject"]: None for record in records}
+    order = [subject for subject in SUBJECTS if subject in found] + [each for each in found if each not in SUBJECTS]
+    blocks = []
+    for subject in order:
+        mine = [record for record in records if record["subject"] == subject]
+        rows = table(("score", "value", "95 % interval", "images"), map(_row, mine))
+        blocks.append(f"<div><h3>{escape(TITLES.get(subject, subject))}</h3>{rows}{_protocols(mine)}</div>")
+    return f'<div class="columns">{"".join(blocks)}</div>'
+
+
+def _row(record: Record) -> tuple[str, ...]:
+    name, value, interval = record["name"], record["value"], record.get("interval")
+    kind = kind_of(name)
+    label, meaning = f"{kind.label} {kind.better}".strip(), _meaning(record, kind)
+    bounds = ""
+    if interval:
+        bounds = " to ".join(written(name, bound, like=value) for bound in interval)
+    unit = f"\N{NO-BREAK SPACE}{kind.unit}" if kind.unit else ""
+    head = f"{escape(label)}<small>{escape(meaning)}</small>"
+    return head, f"<b>{escape(written(name, value) + unit)}</b>", bounds, f"{record.get('n') or 0:,}"
+
+
+def _meaning(record: Record, kind: Kind) -> str:
+    features, tap = features_of(record), record.get("tap")
+    if record["name"].startswith("lpips_"):
+        features = record["name"].removeprefix("lpips_")
+    parts = [kind.meaning, f"{features} features" if features and record["name"] != "class_accuracy" else "", f"tap {tap}" if tap else ""]
+    return ", ".join(part for part in parts if part)
+
+
+def _protocols(records: Sequence[Record]) -> str:
+    """What all scores of a subject share, then what is particular to some; scores alike in all are told together."""
+    listed = [(kind_label(record), flattened(record["protocol"])) for record in records]
+    shared = [fact for fact in listed[0][1] if all(fact in facts for _, facts in listed)]
+    own: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for label, facts in listed:
+        own.setdefault(tuple(fact for fact in facts if fact not in shared), []).append(label)
+    parts = [_facts(shared)]
+    parts += [f"<h4>{escape(', '.join(labels))}</h4>{_facts(facts)}" for facts, labels in own.items() if facts]
+    return f'<details><summary>How this was measured</summary>{"".join(parts)}</details>'
+
+
+def kind_label(record: Record) -> str:
+    """Label of a score with its features, where several share the label."""
+    features = features_of(record)
+    return f"{kind_of(record['name']).label} ({features})" if features else kind_of(record["name"]).label
+
+
+def _facts(pairs: Iterable[tuple[str, str]]) -> str:
+    rows = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in pairs)
+    return f'<dl class="facts">{rows}</dl>'
+
+
+def share_text(value: float) -> str:
+    """A share in per cent with one decimal."""
+    return f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
