@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,13 @@ import torch
 from torch import Tensor
 
 from engine.batches import Batches, StepRandom, mix
-from engine.checkpoint import load_model, save_model
+from engine.checkpoint import checkpoints, save_model
 from engine.config import DataConfig, RunConfig, to_dict
 from engine.device import Device
 from engine.images import ImageSet, to_float, to_uint8
 from engine.loop import fit
 from engine.optim import adamw
+from engine.resume import is_finished
 from engine.sources import open_images
 from engine.task import Task
 from tokenizer.config import TokenizerConfig
@@ -117,7 +117,7 @@ def train_tokenizer(*, run: RunConfig, data: DataConfig, tokenizer: TokenizerCon
     torch.manual_seed(run.seed)
     model = Tokenizer(tokenizer.model, tokenizer.quantizer, image_size=data.size).to(device.device)
     batches = Batches(images, batch_size=tokenizer.train.batch_size, seed=run.seed, workers=data.workers)
-    if tokenizer.quantizer.kmeans_start:
+    if tokenizer.quantizer.kmeans_start and not checkpoints(folder / "checkpoints"):
         start_codebook(model, batches, seed=run.seed, device=device)
     task = TokenizerTask(model, tokenizer, test=test, device=device)
     weights = fit(task, batches, train=tokenizer.train, run=run, device=device, folder=folder, identity=identity)
@@ -138,14 +138,6 @@ def run_identity(run: RunConfig, data: DataConfig, tokenizer: TokenizerConfig, i
         del settings[key]
     augmentation = {"crop": data.crop, "flip": data.flip}
     return {"seed": run.seed, "data": {**images.identity(), "augmentation": augmentation}, "tokenizer": settings}
-
-
-def is_finished(folder: Path, identity: dict[str, Any]) -> bool:
-    """Whether the folder holds an undamaged model of exactly this identity."""
-    if not (folder / "model.json").is_file():
-        return False
-    card, _ = load_model(folder)
-    return card.get("identity") == json.loads(json.dumps(identity))
 
 
 @torch.no_grad()

@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(f"unknown command {command!r}: `tokenloom --help` lists the commands")
     try:
         COMMANDS[command](rest)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left, as `head` does
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("TOKENLOOM_TRACEBACK"):
             raise

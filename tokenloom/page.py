@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -36,15 +37,15 @@ a:hover{text-decoration-color:currentColor}
 :focus-visible{outline:2px solid var(--autoregressive);outline-offset:3px;border-radius:3px}
 section{padding:44px 0 0;scroll-margin-top:8px}
 footer{margin-top:56px;padding-top:18px;padding-bottom:40px;border-top:1px solid var(--edge);font-size:.86rem}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(155px,1fr));gap:10px;margin:24px 0 0}
-.figures>div{display:flex;flex-direction:column;background:var(--card);border:1px solid var(--edge);border-radius:12px;
-padding:14px 16px}
+.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(155px,1fr));gap:0 10px;margin:24px 0 0}
+.figures>div{display:grid;grid-template-rows:subgrid;grid-row:span 3;background:var(--card);border:1px solid var(--edge);border-radius:12px;
+padding:14px 16px;margin-bottom:10px}
 .figures dt{font-size:.82rem;color:var(--soft);line-height:1.3}
 .figures dd{margin:0}
 .figures .value{font-size:1.95rem;line-height:1.2;letter-spacing:-.03em;font-weight:640;margin:4px 0 6px;
 font-variant-numeric:tabular-nums;white-space:nowrap}
 .figures .value small{font-size:.5em;letter-spacing:0;font-weight:520;color:var(--soft);margin-left:.22em}
-.figures .aside{font-size:.8rem;line-height:1.35;color:var(--soft);margin-top:auto}
+.figures .aside{font-size:.8rem;line-height:1.35;color:var(--soft)}
 img{display:block;width:100%;height:auto;border-radius:3px;background:var(--grid)}
 .pixels img{image-rendering:pixelated}
 .samples{display:grid;grid-template-columns:minmax(48px,max-content) repeat(var(--columns),minmax(0,1fr));gap:8px 20px;
@@ -131,13 +132,18 @@ def document(*, title: str, header: str, sections: Sequence[str], footer: str) -
 
 def section(name: str, title: str, *content: str, intro: str = "") -> str:
     """A chapter with the anchor `name`; title and intro are plain text."""
-    opening = f'<p class="soft">{escape(intro)}</p>' if intro else ""
+    opening = f'<p class="soft">{prose(intro)}</p>' if intro else ""
     return f'<section id="{name}"><h2>{escape(title)}</h2>{opening}{"".join(content)}</section>'
 
 
 def note(text: str) -> str:
-    """What is not there, in words."""
-    return f'<p class="note">{escape(text)}</p>'
+    """What is not there, in words of plain text."""
+    return f'<p class="note">{prose(text)}</p>'
+
+
+def prose(text: str) -> str:
+    """Plain text, with what stands between backticks set as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def figures(cards: Iterable[tuple[str, str, str, str]]) -> str:

@@ -84,13 +84,11 @@ def features_of(record: Record) -> str:
 
 
 def find(records: Iterable[Record], subject: str, *names: str) -> Record | None:
-    """The first score of a subject that has one of the names, or that name and any features (`fd` finds `fd_random`)."""
+    """The first score of a subject under one of the names; else under a name with any features: `fd` finds `fd_random`."""
     mine = [record for record in records if record["subject"] == subject]
-    for name in names:
-        for record in mine:
-            if record["name"] == name or record["name"].startswith(f"{name}_"):
-                return record
-    return None
+    exact = (record for name in names for record in mine if record["name"] == name)
+    featured = (record for name in names for record in mine if record["name"].startswith(f"{name}_"))
+    return next(exact, None) or next(featured, None)
 
 
 def score_tables(records: Sequence[Record]) -> str:
