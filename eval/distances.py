@@ -103,9 +103,11 @@ def _root(sigma: Tensor) -> Tensor:
 
 
 def _groups(features: Tensor) -> Iterator[Tensor]:
+    """Random groups of equal size: samples come in turns of their classes, which strided groups would take apart."""
     if len(features) < 2 * GROUPS:
         raise ValueError(f"an interval over {GROUPS} groups needs at least {2 * GROUPS} images, got {len(features)}")
-    return (features[group::GROUPS] for group in range(GROUPS))
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
+    return (features[order[group::GROUPS]] for group in range(GROUPS))
 
 
 def _not_negative(estimate: Estimate) -> Estimate:

@@ -106,3 +106,19 @@ def test_inception_score_does_not_depend_on_sorting_by_class() -> None:
     assert inception_score(certain).value > 3.5
     with pytest.raises(ValueError, match="at least 10 images"):
         inception_score(torch.zeros(9, 3))
+
+
+@pytest.mark.parametrize("distance", ["frechet", "kernel"])
+def test_intervals_do_not_widen_when_the_classes_take_turns(distance: str) -> None:
+    """Samples come in the order of classes 0 .. 9, 0 .. 9, ...: no group may hold one class alone."""
+    centres = torch.diag(torch.arange(1.0, 11.0))
+    features = centres.repeat(60, 1) + 0.1 * normal(600, 10, 0)
+    shuffled = features[torch.randperm(600, generator=torch.Generator().manual_seed(3))]
+    real = centres.repeat(60, 1) + 0.1 * normal(600, 10, 1)
+
+    def width(rows: torch.Tensor) -> float:
+        score = frechet_distance(rows, Moments.of(real).gaussian()) if distance == "frechet" else kernel_distance(rows, real)
+        assert score.interval is not None
+        return score.interval[1] - score.interval[0]
+
+    assert width(features) < 3 * width(shuffled)
