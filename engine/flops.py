@@ -1,4 +1,4 @@
-"""What a forward pass costs, found without computing it: operations and saved bytes; and how fast this process multiplies.
+"""What a forward pass costs, told without computing it: operations and saved bytes. How fast this process multiplies.
 
 Modules run on fake tensors: their data stay on the meta device, but they name a real one, so that autocast and the
 choice of kernels are the real ones.

@@ -27,7 +27,7 @@ class Series:
     points: Sequence[Point]
     tone: str
     kind: str = "line"
-    """`line`, `dots` (joined, each with a hover title) or `level` (a dashed horizontal at the last value)."""
+    """A key of SHAPES: `line`, `dots` (joined, with hover titles), `level` (dashed, at the last value), `steps`."""
     spans: Sequence[Point] = ()
     titles: Sequence[str] = ()
     marked: int | None = None
@@ -66,14 +66,15 @@ class Chart:
 
     def html(self) -> str:
         """A <figure>; one line of words if there is nothing to draw."""
+        opening = f'<figure class="chart"><figcaption>{escape(self.title)}</figcaption>'
         if not any(each.points for each in self.series):
-            return f'<figure class="chart"><figcaption>{escape(self.title)}</figcaption><p class="note">no figures yet</p></figure>'
+            return f'{opening}<p class="note">no figures yet</p></figure>'
         y = self._y_axis()
         left = 12 + LETTER * max(len(label) for label in y.labels)
         x = self._x_axis(left)
         drawn = "".join(_drawn(each, x, y) for each in self.series if each.points)
         return (
-            f'<figure class="chart"><figcaption>{escape(self.title)}</figcaption>{self._legend()}'
+            f"{opening}{self._legend()}"
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(self._spoken())}">'
             f"{_frame(x, y, unit=self.unit, x_label=self.x_label)}{drawn}</svg></figure>"
         )
@@ -89,18 +90,21 @@ class Chart:
         return Axis(low=low, high=high, first=HEIGHT - BOTTOM, last=TOP, ticks=ticks, labels=labels, log=log)
 
     def _x_axis(self, left: float) -> Axis:
+        right = WIDTH - RIGHT
         if self.names:
-            ticks, labels = _named_ticks(self.names, WIDTH - RIGHT - left)
-            return Axis(low=-0.5, high=len(self.names) - 0.5, first=left, last=WIDTH - RIGHT, ticks=ticks, labels=labels)
+            ticks, labels = _named_ticks(self.names, right - left)
+            return Axis(low=-0.5, high=len(self.names) - 0.5, first=left, last=right, ticks=ticks, labels=labels)
         values = [x for each in self.series for x, _ in each.points]
         low, high = min(0.0, *values), max(values)
         high = high if high > low else low + 1
         ticks = linear_ticks(low, high, 4)
-        return Axis(low=low, high=high, first=left, last=WIDTH - RIGHT, ticks=ticks, labels=tick_labels(ticks))
+        return Axis(low=low, high=high, first=left, last=right, ticks=ticks, labels=step_labels(ticks))
 
     def _legend(self) -> str:
         entries = (
-            f'<li class="tone-{each.tone}"><i class="key {each.kind}"></i>{escape(each.label)}</li>' for each in self.series if each.points
+            f'<li class="tone-{each.tone}"><i class="key {each.kind}"></i>{escape(each.label)}</li>'
+            for each in self.series
+            if each.points
         )
         return f'<ul class="legend">{"".join(entries)}</ul>'
 
@@ -122,14 +126,14 @@ def linear_ticks(low: float, high: float, most: int) -> list[float]:
     power = 10 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(number * step, 12) for number in range(first, last + 1)]
+    return [float(f"{number * step:.10g}") for number in range(first, last + 1)]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
     """Round numbers in [low, high], about evenly spread in the logarithm."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1, 2, 5), (1, 3), (1,)):
-        ticks = [round(factor * 10.0**decade, 12) for decade in decades for factor in factors]
+        ticks = [float(f"{factor * 10.0**decade:.10g}") for decade in decades for factor in factors]
         ticks = [tick for tick in ticks if low <= tick <= high]
         if len(ticks) <= 6:
             break
@@ -137,17 +141,29 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def tick_labels(ticks: Sequence[float]) -> list[str]:
-    """Numbers with as many decimals as their distance needs, thousands separated."""
+    """Numbers with as many decimals as their distance needs, thousands separated; very small or large ones as 1e-09."""
     step = ticks[1] - ticks[0] if len(ticks) > 1 else abs(ticks[0]) if ticks else 1.0
+    if 0 < step < 1e-5 or max(map(abs, ticks), default=0) >= 1e7:
+        return [f"{tick:.6g}".replace("-", "\N{MINUS SIGN}") for tick in ticks]
     decimals = next((d for d in range(9) if abs(round(step, d) - step) < 1e-6 * step), 9)
     return [f"{tick:,.{decimals}f}".replace("-", "\N{MINUS SIGN}") for tick in ticks]
 
 
+def step_labels(ticks: Sequence[float]) -> list[str]:
+    """As `tick_labels`, with tens of thousands as 10k and millions as 1M."""
+    most = max(ticks, default=0.0)
+    unit, letter = (1e6, "M") if most >= 1e6 else (1e3, "k") if most >= 1e4 else (1.0, "")
+    labels = tick_labels([tick / unit for tick in ticks])
+    return [f"{label}{letter}" if tick else "0" for tick, label in zip(ticks, labels, strict=True)]
+
+
 def thinned(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
     """A long curve as the means of equal stretches."""
+    if len(points) <= most:
+        return list(points)
     stretch = -(-len(points) // most)
-    parts = [points[first : first + stretch] for first in range(0, len(points), stretch)] if stretch > 1 else []
-    return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts] or list(points)
+    parts = (points[first : first + stretch] for first in range(0, len(points), stretch))
+    return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
 
 
 def _padded(low: float, high: float, *, fixed: bool) -> Point:
@@ -156,8 +172,8 @@ def _padded(low: float, high: float, *, fixed: bool) -> Point:
 
 
 def _named_ticks(names: Sequence[str], width: float) -> tuple[list[float], list[str]]:
-    """Names shortened to their numbers where they end in one, thinned so that none touch."""
-    short = [match[1] if (match := re.search(r"[._](\d+)$", name)) else name for name in names]
+    """Names without the word before their number, thinned so that none touch."""
+    short = [re.sub(r"^[a-z]+[._](?=\d)", "", name) for name in names]
     every = math.ceil((LETTER * max(map(len, short)) + 8) * len(names) / width)
     chosen = range(0, len(names), every)
     return [float(place) for place in chosen], [short[place] for place in chosen]
@@ -179,25 +195,25 @@ def _frame(x: Axis, y: Axis, *, unit: str, x_label: str) -> str:
 
 
 def _drawn(series: Series, x: Axis, y: Axis) -> str:
-    shape: Callable[[Series, Axis, Axis], str] = {"line": _line, "dots": _dots, "level": _level, "steps": _steps}[series.kind]
-    return f'<g class="tone-{series.tone}">{shape(series, x, y)}</g>'
+    return f'<g class="tone-{series.tone}">{SHAPES[series.kind](series, x, y)}</g>'
 
 
-def _line(series: Series, x: Axis, y: Axis) -> str:
-    places = " ".join(f"{x.place(px):.1f},{y.place(py):.1f}" for px, py in thinned(series.points))
-    return f'<polyline class="curve" points="{places}"/>'
+def _line(series: Series, x: Axis, y: Axis, look: str = "curve") -> str:
+    places = " ".join(f"{x.place(px):.1f},{y.place(py):.1f}" for px, py in series.points)
+    return f'<polyline class="{look}" points="{places}"/>'
 
 
 def _dots(series: Series, x: Axis, y: Axis) -> str:
     parts = []
-    for (px, _), (low, high) in zip(series.points, series.spans, strict=False):
-        at = x.place(px)
-        parts.append(f'<line class="span" x1="{at:.1f}" x2="{at:.1f}" y1="{y.place(low):.1f}" y2="{y.place(high):.1f}"/>')
-    parts.append(_line(series, x, y).replace('class="curve"', 'class="curve thin"'))
+    for (px, _), span in zip(series.points, series.spans, strict=False):
+        at, (low, high) = x.place(px), map(y.place, span)
+        parts.append(f'<line class="span" x1="{at:.1f}" x2="{at:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>')
+    parts.append(_line(series, x, y, look="curve thin"))
     titles = series.titles or [f"{px:,.10g}: {py:.4g}" for px, py in series.points]
     for index, ((px, py), title) in enumerate(zip(series.points, titles, strict=True)):
-        look = ' class="marked" r="5.5"' if index == series.marked else ' r="2.8"'
-        parts.append(f'<circle cx="{x.place(px):.1f}" cy="{y.place(py):.1f}"{look}><title>{escape(title)}</title></circle>')
+        look = 'class="marked" r="5.5"' if index == series.marked else 'r="2.8"'
+        place = f'cx="{x.place(px):.1f}" cy="{y.place(py):.1f}"'
+        parts.append(f"<circle {place} {look}><title>{escape(title)}</title></circle>")
     return "".join(parts)
 
 
@@ -212,3 +228,11 @@ def _steps(series: Series, x: Axis, y: Axis) -> str:
     for px, py in series.points:
         path += f"V{y.place(py):.1f}H{x.place(px):.1f}"
     return f'<path class="area" d="{path}V{y.first}Z"/>'
+
+
+SHAPES: dict[str, Callable[[Series, Axis, Axis], str]] = {
+    "line": _line,
+    "dots": _dots,
+    "level": _level,
+    "steps": _steps,
+}

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.shards import Shards
-from tokenloom.charts import Chart, Point, Series
+from tokenloom.charts import LOG_RATIO, Chart, Point, Series, thinned
 from tokenloom.page import facts, note
 from tokenloom.run_files import RunFiles
 from tokenloom.score_table import TITLES, find, share_text
 
-MAX_BARS = 512
+MAX_BARS, MAX_DOTS = 512, 40
+Row = dict[str, Any]  # of eval/probe.json
 PROBED = ("tokenizer", "autoregressive", "diffusion")
 
 
@@ -83,10 +84,10 @@ def training_panels(run: RunFiles, stage: str) -> list[str]:
 
 
 def other_panels(run: RunFiles, stage: str) -> list[str]:
-    """A chart for everything else that the stage logged."""
+    """A chart for everything else that the stage logged and that was not always 0."""
     lines = run.metrics(stage)
     shown = {curve.key for panel in PANELS[stage] for curve in panel.curves}
-    keys = sorted({key for line in lines for key in line} - shown - {"step"})
+    keys = sorted({key for line in lines for key, value in line.items() if value} - shown - {"step"})
     names = dict.fromkeys(key.removeprefix("validation/") for key in keys)
     panels = (Panel(name.replace("_", " "), "", _pair(name, "training", "held out")) for name in names)
     return [_drawn(panel, lines, stage) for panel in panels]
@@ -99,21 +100,26 @@ def _drawn(panel: Panel, lines: Sequence[dict[str, Any]], stage: str) -> str:
     series = [
         Series(
             label=f"{curve.label} {points[-1][1]:.4g}",
-            points=points,
+            points=thinned(points),
             tone=stage if alone else curve.tone or stage,
-            kind=curve.kind if len(points) > 1 or curve.kind == "level" else "dots",
+            kind=_kind(curve, points),
         )
         for curve, points in found
     ]
     return Chart(title=panel.title, unit=panel.unit, series=series).html()
 
 
+def _kind(curve: Curve, points: Sequence[Point]) -> str:
+    """A single point must be a dot to be seen; many dots are better a line."""
+    if curve.kind == "level":
+        return "level"
+    return "dots" if len(points) == 1 or (curve.kind == "dots" and len(points) <= MAX_DOTS) else "line"
+
+
 def _points(lines: Sequence[dict[str, Any]], key: str, factor: float) -> list[Point]:
     """Finite values only: the log keeps others as strings."""
-    found = ((line["step"], line.get(key)) for line in lines)
-    return [
-        (float(step), factor * value) for step, value in found if isinstance(value, int | float) and math.isfinite(value)
-    ]
+    found = ((float(line["step"]), line.get(key)) for line in lines)
+    return [(step, factor * value) for step, value in found if isinstance(value, int | float) and math.isfinite(value)]
 
 
 def code_usage(run: RunFiles) -> str:
@@ -125,12 +131,13 @@ def code_usage(run: RunFiles) -> str:
         return note("No codes yet: `tokenloom encode` writes them once the tokenizer is trained.")
     names = {"train": "training images", "test": "test images"}
     charts = [_rank_chart(f"Codes of the {names[split]}", found) for split, found in whole.items()]
-    told: dict[str, Any] = {"codes in the vocabulary": f"{len(next(iter(whole.values()))):,}"}
+    told = [("codes in the vocabulary", f"{len(next(iter(whole.values()))):,}")]
     for split, found in whole.items():
-        told[f"tokens, {names[split]}"] = f"{found.sum():,}"
-        told[f"usage, {names[split]}"] = f"{share_text(float((found > 0).mean()))} ({(found > 0).sum():,} codes)"
-        told[f"perplexity, {names[split]}"] = f"{perplexity(found):,.1f}"
-    card = f'<div class="chart"><figcaption>In numbers</figcaption>{facts(told)}</div>'.replace("figcaption", "h3")
+        used = found > 0
+        told.append((f"tokens, {names[split]}", f"{found.sum():,}"))
+        told.append((f"codes used, {names[split]}", f"{used.sum():,}, {share_text(float(used.mean()))}"))
+        told.append((f"perplexity, {names[split]}", f"{perplexity(found):,.1f}"))
+    card = f'<figure class="chart"><figcaption>In numbers</figcaption>{facts(told)}</figure>'
     return f'<div class="charts">{"".join(charts)}{card}</div>'
 
 
@@ -148,18 +155,19 @@ def _histogram(shards: Shards | None) -> np.ndarray | None:
 
 
 def _rank_chart(title: str, counts: np.ndarray) -> str:
-    """Frequencies in falling order as steps, beside the height that all would have if they were equal."""
-    shares = 100 * np.sort(counts)[::-1] / counts.sum()
+    """Frequencies of the used codes in falling order as steps, beside the height that all would have if equal."""
+    shares = 100 * np.sort(counts[counts > 0])[::-1] / counts.sum()
     ends = np.unique(np.linspace(0, len(shares), min(MAX_BARS, len(shares)) + 1).astype(int))[1:]
     starts = np.concatenate([[0], ends[:-1]])
     heights = [float(shares[first:last].mean()) for first, last in zip(starts, ends, strict=True)]
-    equal = 100 / len(shares)
+    equal, points = 100 / len(counts), list(zip(ends.tolist(), heights, strict=True))
     series = [
-        Series(label="frequency", tone="tokenizer", kind="steps", points=list(zip(ends.tolist(), heights, strict=True))),
-        Series(label=f"all alike, {equal:.2g} %", tone="plain", kind="level", points=[(0, equal)]),
+        Series(label="frequency", tone="tokenizer", kind="steps", points=points),
+        Series(label=f"all alike, {equal:.2g} %", tone="plain", kind="level", points=[(len(counts), equal)]),
     ]
-    top = (0.0, 1.06 * max(*heights, equal))
-    return Chart(title=title, unit="% of tokens", x_label="codes by frequency", series=series, y_range=top).html()
+    steep = heights[0] > LOG_RATIO * heights[-1]
+    bounds = None if steep else (0.0, 1.06 * max(*heights, equal))
+    return Chart(title=title, unit="% of tokens", x_label="codes by frequency", series=series, y_range=bounds).html()
 
 
 def probe_curves(run: RunFiles) -> str:
@@ -175,16 +183,17 @@ def probe_curves(run: RunFiles) -> str:
     return f'<div class="charts">{"".join(charts)}</div>' if charts else note("Only raw pixels were probed.")
 
 
-def _probe_chart(run: RunFiles, family: str, rows: list[dict[str, Any]], pixels: list[dict[str, Any]], bounds: Point) -> str:
+def _probe_chart(run: RunFiles, family: str, rows: Sequence[Row], pixels: Sequence[Row], bounds: Point) -> str:
     mine, record = _of(rows, family), find(run.scores(), family, "probe_top1")
     taps = [row["tap"] for row in mine]
+    titles = [f"{row['tap']}: {100 * row['test_top1']:.1f} %" for row in mine]
     chosen = taps.index(record["tap"]) if record and record.get("tap") in taps else None
     series = [
         Series(
-            label="top-1 on test images" if chosen is None else f"chosen: {taps[chosen]}, {100 * mine[chosen]['test_top1']:.1f} %",
+            label="top-1 on test images" if chosen is None else f"chosen {titles[chosen]}",
             points=[(place, 100 * row["test_top1"]) for place, row in enumerate(mine)],
             spans=[(100 * low, 100 * high) for low, high in map(_interval, mine)],
-            titles=[f"{row['tap']}: {100 * row['test_top1']:.1f} %" for row in mine],
+            titles=titles,
             tone=family,
             kind="dots",
             marked=chosen,
@@ -197,11 +206,11 @@ def _probe_chart(run: RunFiles, family: str, rows: list[dict[str, Any]], pixels:
     return Chart(title=title, unit="top-1, %", x_label="tap", series=series, names=taps, y_range=bounds).html()
 
 
-def _of(rows: Sequence[dict[str, Any]], family: str) -> list[dict[str, Any]]:
+def _of(rows: Sequence[Row], family: str) -> list[Row]:
     return [row for row in rows if row["family"] == family]
 
 
-def _interval(row: dict[str, Any]) -> Point:
+def _interval(row: Row) -> Point:
     low, high = row.get("interval") or (math.nan, math.nan)
     value = row["test_top1"]
     return (low, high) if math.isfinite(low) and math.isfinite(high) else (value, value)

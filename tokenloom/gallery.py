@@ -44,6 +44,9 @@ def samples(run: RunFiles) -> str:
     for family in FAMILIES:
         if not told[family] and run.state(family) != "absent":
             parts.append(page.note(f"{TITLES[family]}: {NOT_SAMPLED[run.state(family)]}"))
+    if any(told.values()):
+        shown = "Rows are classes; these are the first samples of each." if by_class else "These are the first samples."
+        parts.insert(0, f'<p class="soft">{shown} Nothing is picked.</p>')
     return "".join(parts) or page.note("No generator in this run so far, hence no samples.")
 
 
@@ -58,7 +61,8 @@ def reconstructions(run: RunFiles) -> str:
         names = (f"test image {number}", f"reconstruction of test image {number}")
         shown = (page.picture(data_uri(shrunk(each, side)), name) for each, name in zip(pair, names, strict=True))
         rows.append(f"<div>{''.join(shown)}</div>")
-    return f'<div class="pairs{_look(run)}">{"".join(rows)}</div>'
+    told = "Pairs: on the left a test image, on the right what the decoder makes of its codes."
+    return f'<p class="soft">{told}</p><div class="pairs{_look(run)}">{"".join(rows)}</div>'
 
 
 def previews(run: RunFiles, stage: str, *, wide: bool) -> str:
@@ -81,15 +85,18 @@ def previews(run: RunFiles, stage: str, *, wide: bool) -> str:
 def _by_class(run: RunFiles, told: dict[str, Told]) -> str:
     """A row for each class, a cell for each family."""
     classes = shown_classes(*(each["labels"] for each in told.values()), limit=CLASSES)
-    names = next((each["class_names"] for each in told.values() if each.get("class_names")), [])
-    side = _side(len(classes) * len(told) * PER_CLASS)
+    names: list[str] = next((each["class_names"] for each in told.values() if each.get("class_names")), [])
     chosen = {family: rows_by_class(each["labels"], classes, PER_CLASS) for family, each in told.items()}
+    across = max(len(rows) for each in chosen.values() for rows in each)
+    side = _side(len(classes) * len(told) * across)
     cells = ['<div class="corner"></div>', *(f'<div class="head">{escape(TITLES[family])}</div>' for family in told)]
     for place, label in enumerate(classes):
         name = str(names[label]) if label < len(names) else f"class {label}"
         cells.append(f'<div class="label">{escape(name)}</div>')
-        cells += [_tiles(run, family, told[family], rows[place], side, f", class {name}") for family, rows in chosen.items()]
-    return f'<div class="samples{_look(run)}" style="--columns:{len(told)}">{"".join(cells)}</div>'
+        for family, rows in chosen.items():
+            cells.append(_tiles(run, family, told[family], rows[place], side, f", class {name}"))
+    counts = f"--columns:{len(told)};--tiles:{across}"
+    return f'<div class="samples{_look(run)}" style="{counts}">{"".join(cells)}</div>'
 
 
 def _plain(run: RunFiles, told: dict[str, Told]) -> str:
@@ -113,8 +120,8 @@ def _tiles(run: RunFiles, family: str, told: Told, rows: Sequence[int], side: in
 
 
 def _how(family: str, told: Told) -> str:
-    settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in told.get("settings", {}).items())
-    return f"{TITLES[family]}: the first of {len(told['labels']):,} samples, {settings or 'settings unknown'}."
+    settings = (f"{key.replace('_', ' ')} {page.plain(value)}" for key, value in told.get("settings", {}).items())
+    return f"{TITLES[family]}: {len(told['labels']):,} samples in all, {', '.join(settings) or 'settings unknown'}."
 
 
 def _side(count: int) -> int:

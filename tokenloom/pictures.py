@@ -16,7 +16,7 @@ from tokenloom.run_files import FAMILIES, RunFiles
 GRID_GAP, GRID_TILE = 2, 64  # how engine.log.save_grid lays out its grids
 OVERVIEW_BYTES = 300_000
 OVERVIEW_COLUMNS, OVERVIEW_ROWS = 10, 3
-INK, PAPER = (40, 40, 38), (255, 255, 255)
+INK, PAPER = (40, 40, 40), (255, 255, 255)
 
 
 def read_picture(path: Path) -> np.ndarray | None:
@@ -74,8 +74,8 @@ def shrunk(pixels: np.ndarray, side: int) -> np.ndarray:
     height, width = pixels.shape[:2]
     if max(height, width) <= side:
         return pixels
-    scale = side / max(height, width)
-    return np.asarray(Image.fromarray(pixels).resize((round(width * scale), round(height * scale)), Image.Resampling.LANCZOS))
+    new = round(width * side / max(height, width)), round(height * side / max(height, width))
+    return np.asarray(Image.fromarray(pixels).resize(new, Image.Resampling.LANCZOS))
 
 
 def montage(tiles: Sequence[np.ndarray], columns: int, gap: int) -> np.ndarray:
@@ -91,13 +91,18 @@ def montage(tiles: Sequence[np.ndarray], columns: int, gap: int) -> np.ndarray:
 
 
 def data_uri(pixels: np.ndarray) -> str:
-    """A picture [H, W, 3 or 4] as an embedded PNG; grey ones are stored in one channel."""
+    """A picture [H, W, 3 or 4] as an embedded PNG."""
+    return "data:image/png;base64," + base64.b64encode(png(pixels)).decode()
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """A picture [H, W, 3 or 4] as the bytes of a PNG file; a grey one is stored in one channel."""
     image = Image.fromarray(pixels)
     if (pixels[..., :3] == pixels[..., :1]).all():
         image = image.convert("L" if pixels.shape[2] == 3 else "LA")
     stream = io.BytesIO()
     image.save(stream, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+    return stream.getvalue()
 
 
 def save_overview(run_folder: Path, path: Path) -> Path:
@@ -153,11 +158,9 @@ def _drawn(panels: list[tuple[str, list[np.ndarray]]], side: int) -> bytes:
         left, top = margin + number % 2 * (width + margin), margin // 2 + number // 2 * (height + margin)
         draw.text((left, top), title, fill=INK, font=font)
         for index, tile in enumerate(tiles):
-            place = left + index % OVERVIEW_COLUMNS * (side + gap), top + head + index // OVERVIEW_COLUMNS * (side + gap)
-            canvas.paste(_fitted(tile, side), place)
-    stream = io.BytesIO()
-    canvas.save(stream, format="PNG", optimize=True)
-    return stream.getvalue()
+            row, column = divmod(index, OVERVIEW_COLUMNS)
+            canvas.paste(_fitted(tile, side), (left + column * (side + gap), top + head + row * (side + gap)))
+    return png(np.asarray(canvas))
 
 
 def _fitted(pixels: np.ndarray, side: int) -> Image.Image:

@@ -7,10 +7,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import eval.run as judge
 from engine.checkpoint import write_atomic, write_json
-from engine.config import to_yaml
+from engine.config import to_dict, to_yaml
 from engine.device import Device
 from engine.log import clock
 from eval.protocol import Record
@@ -31,7 +32,10 @@ def run_all(experiment: Experiment, device: Device) -> Path | None:
         train_generator(experiment, device, family)
     for family, _ in experiment.generators():
         draw_samples(experiment, device, family)
-    evaluate(experiment, device)
+    if _scored_as(experiment) != _read(experiment.run.folder / "eval" / "scored.json"):
+        evaluate(experiment, device)
+    elif device.is_main:
+        print("eval: done before, nothing to do")
     if not device.is_main:
         return None
     report = write_report(experiment.run.folder)
@@ -74,10 +78,24 @@ def draw_samples(experiment: Experiment, device: Device, family: str) -> None:
 def evaluate(experiment: Experiment, device: Device, *, only: str | None = None) -> list[Record]:
     """All scores: <run>/eval/metrics.json."""
     with _stage(experiment, device, "eval", "eval/metrics.json"):
-        return judge.evaluate(
+        records = judge.evaluate(
             run=experiment.run, data=experiment.data, tokenizer=experiment.tokenizer, eval=experiment.eval,
             autoregressive=experiment.autoregressive, diffusion=experiment.diffusion, device=device, only=only,
         )  # fmt: skip
+    if device.is_main and only is None:
+        write_json(experiment.run.folder / "eval" / "scored.json", _scored_as(experiment))
+    return records
+
+
+def _scored_as(experiment: Experiment) -> dict[str, Any]:
+    """What the scores of a run depend on: how they are taken, and of which models."""
+    told = to_dict(experiment)
+    models = {
+        stage: (_read(experiment.run.folder / stage / "model.json") or {}).get("fingerprint")
+        for stage in ("tokenizer", "autoregressive", "diffusion")
+    }
+    sampling = {family: told[family]["sample"] for family, _ in experiment.generators()}
+    return {"eval": told["eval"], "data": told["data"], "sample": sampling, "models": models}
 
 
 @contextmanager
@@ -98,9 +116,13 @@ def _stage(experiment: Experiment, device: Device, name: str, result: str) -> It
     print(f"{name}: done in {clock(seconds)}")
     write_atomic(folder / "config.yaml", to_yaml(experiment).encode())
     path = folder / "stages.json"
-    stages = json.loads(path.read_text()) if path.exists() else {}
+    stages = _read(path) or {}
     how = {"seconds": round(seconds, 1), "processes": device.world, "precision": device.precision}
     write_json(path, {**stages, name: how})
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def _changed_at(path: Path) -> int:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from engine.checkpoint import write_atomic
-from engine.log import clock
 from eval.protocol import Record, code_version
 from tokenloom import curves, gallery, page
 from tokenloom.run_files import FAMILIES, STAGES, RunFiles
@@ -28,8 +27,6 @@ CHAPTERS = {
     "configuration": "Configuration",
 }
 INTROS = {
-    "samples": "Rows are classes. Nothing is picked: these are the first samples of each class.",
-    "reconstructions": "Each pair shows a test image and, to its right, what the decoder makes of its codes.",
     "codes": "A tokenizer that leaves codes unused wastes its vocabulary. Perplexity is the number of equally frequent "
     "codes that would carry as much information.",
     "probe": "How well a linear classifier tells the classes apart from frozen activations. The tap in the ring was "
@@ -100,7 +97,8 @@ def _tokens(run: RunFiles) -> str:
 
 def headline(scores: Sequence[Record]) -> list[Card]:
     """The few figures that matter most, as far as they are measured."""
-    found = [_beside(scores, "Reconstruction, PSNR", "psnr", "ssim"), _beside(scores, "Codebook usage", "usage", "perplexity")]
+    found = [_beside(scores, "Reconstruction, PSNR", "psnr", "ssim")]
+    found += [_beside(scores, "Codebook usage", "usage", "perplexity")]
     found += [_distance(scores, family) for family in FAMILIES]
     found += [_best(scores, "Class accuracy", "class_accuracy"), _best(scores, "Linear probe, top-1", "probe_top1")]
     return [card for card in found if card]
@@ -130,8 +128,9 @@ def _best(scores: Sequence[Record], label: str, name: str) -> Card | None:
     if not models:
         return None
     others = [record for record in found if record["subject"] == "pixels"] or models[1:2]
-    aside = models[0]["subject"] + (f" {models[0]['tap']}" if models[0].get("tap") else "")
-    return _card(label, models[0], "; ".join([aside, *(f"{each['subject']} {share_text(each['value'])}" for each in others)]))
+    asides = [models[0]["subject"] + (f" {models[0]['tap']}" if models[0].get("tap") else "")]
+    asides += [f"{record['subject']} {share_text(record['value'])}" for record in others]
+    return _card(label, models[0], "; ".join(asides))
 
 
 def _card(label: str, record: Record, aside: str) -> Card:
@@ -161,28 +160,32 @@ def _scores(run: RunFiles) -> str:
         return page.note("No scores yet: `tokenloom eval` writes eval/metrics.json.")
     told = ""
     if "accuracy" in judge:
-        share = share_text(judge["accuracy"])
-        told = f"The classifier behind features and class accuracy was trained on the same training images; it is right on {share} of the test images."
-    return (f'<p class="soft">{escape(told)}</p>' if told else "") + score_tables(records)
+        told = "The classifier behind features and class accuracy was trained on the same training images; it is right "
+        told = f'<p class="soft">{told} on {share_text(judge["accuracy"])} of the test images.</p>'
+    return told + score_tables(records)
 
 
 def _time(run: RunFiles) -> str:
     """Bars of the stages' seconds, then what each model is."""
     stages = {name: each for name, each in run.stages().items() if isinstance(each.get("seconds"), int | float)}
-    total = sum(each["seconds"] for each in stages.values())
+    seconds = [each["seconds"] for each in stages.values()]
     bars = []
     for name, each in stages.items():
         tone = next((stage for stage in STAGES if stage in name), "plain")
-        width = 100 * each["seconds"] / max(each2["seconds"] for each2 in stages.values())
-        bars.append(f'<span>{escape(name)}</span><span class="tone-{tone}"><i style="width:{width:.1f}%"></i></span><span>{_spent(each["seconds"])}</span>')
+        width = 100 * each["seconds"] / max(*seconds, 1)
+        bar = f'<span class="tone-{tone}"><i style="width:{width:.1f}%"></i></span>'
+        bars.append(f"<span>{escape(name)}</span>{bar}<span>{_spent(each['seconds'])}</span>")
     told = page.note("No stage has ended yet, so there are no times.")
     if bars:
-        told = f'<div class="bars">{"".join(bars)}<b>together</b><span></span><b>{_spent(total)}</b></div>'
+        told = f'<div class="bars">{"".join(bars)}<b>together</b><span></span><b>{_spent(sum(seconds))}</b></div>'
     return told + _models(run)
 
 
 def _spent(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else clock(seconds)
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _models(run: RunFiles) -> str:
@@ -192,24 +195,19 @@ def _models(run: RunFiles) -> str:
         if card:
             weights = num_weights(run.folder / stage / "model.safetensors")
             size = f"{weights / 1e6:,.2f} M" if weights else "unknown"
-            rows.append((escape(TITLES[stage]), size, f"{steps:,}", f"<code>{escape(str(card.get('fingerprint', '')))}</code>"))
-    return page.table(("model", "weights", "steps", "fingerprint"), rows) if rows else ""
+            fingerprint = f"<code>{escape(str(card.get('fingerprint', '')))}</code>"
+            rows.append((escape(TITLES[stage]), size, f"{steps:,}", fingerprint))
+    head = ("model", "weights", "steps", "fingerprint")
+    return f'<div class="narrow">{page.table(head, rows)}</div>' if rows else ""
 
 
 def num_weights(path: Path) -> int:
     """Numbers stored in a safetensors file; 0 if it cannot be read."""
     try:
         with safe_open(path, "numpy") as stored:
-            shapes: list[Any] = [stored.get_slice(name).get_shape() for name in stored.keys()]
+            return sum(math.prod(stored.get_slice(name).get_shape()) for name in stored.keys())
     except (OSError, SafetensorError):
         return 0
-    total = 0
-    for shape in shapes:
-        size = 1
-        for length in shape:
-            size *= length
-        total += size
-    return total
 
 
 def _configuration(run: RunFiles) -> str:

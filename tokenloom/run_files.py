@@ -57,7 +57,7 @@ class RunFiles:
             return None
 
     def images(self, split: str) -> dict[str, Any]:
-        """Identity of a split's images: source, path, size, n ...; from the codes, else from the tokenizer's training."""
+        """Identity of a split's images: source, path, size, n; from the codes, else from the tokenizer's training."""
         told = self._object(f"codes/{split}/meta.json").get("images")
         if not told and split == "train":
             told = self._object("tokenizer/identity.json").get("data") or self.config.get("data")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 from eval.protocol import Record
-from tokenloom.page import flattened, table
+from tokenloom.page import facts, flattened, table
 
 SUBJECTS = ("real", "tokenizer", "autoregressive", "diffusion", "pixels")
 TITLES = {
@@ -84,7 +84,7 @@ def features_of(record: Record) -> str:
 
 
 def find(records: Iterable[Record], subject: str, *names: str) -> Record | None:
-    """The first score of a subject under one of the names; else under a name with any features: `fd` finds `fd_random`."""
+    """The first score of a subject under one of the names, else with any features behind it: `fd` finds `fd_random`."""
     mine = [record for record in records if record["subject"] == subject]
     exact = (record for name in names for record in mine if record["name"] == name)
     featured = (record for name in names for record in mine if record["name"].startswith(f"{name}_"))
@@ -93,45 +93,50 @@ def find(records: Iterable[Record], subject: str, *names: str) -> Record | None:
 
 def score_tables(records: Sequence[Record]) -> str:
     """A block for each subject: its table, and what it was measured under."""
-    found = {record["subject"]: None for record in records}
+    found: list[str] = list(dict.fromkeys(record["subject"] for record in records))
     order = [subject for subject in SUBJECTS if subject in found] + [each for each in found if each not in SUBJECTS]
     blocks = []
     for subject in order:
-        mine = [record for record in records if record["subject"] == subject]
-        rows = table(("score", "value", "95 % interval", "images"), map(_row, mine))
+        mine = sorted((record for record in records if record["subject"] == subject), key=_rank)
+        rows = table(("score", "value, 95 % interval", "images"), map(_row, mine))
         blocks.append(f"<div><h3>{escape(TITLES.get(subject, subject))}</h3>{rows}{_protocols(mine)}</div>")
     return f'<div class="columns">{"".join(blocks)}</div>'
+
+
+def _rank(record: Record) -> int:
+    """Place of a score in the table: that of its kind, unknown ones last."""
+    kinds = list(KINDS.values())
+    kind = kind_of(record["name"])
+    return kinds.index(kind) if kind in kinds else len(kinds)
 
 
 def _row(record: Record) -> tuple[str, ...]:
     name, value, interval = record["name"], record["value"], record.get("interval")
     kind = kind_of(name)
-    label, meaning = f"{kind.label} {kind.better}".strip(), _meaning(record, kind)
-    bounds = ""
-    if interval:
-        bounds = " to ".join(written(name, bound, like=value) for bound in interval)
+    label, meaning = f"{kind.label}\N{NO-BREAK SPACE}{kind.better}".strip(), _meaning(record, kind)
+    bounds = " to ".join(written(name, bound, like=value) for bound in interval) if interval else ""
     unit = f"\N{NO-BREAK SPACE}{kind.unit}" if kind.unit else ""
     head = f"{escape(label)}<small>{escape(meaning)}</small>"
-    return head, f"<b>{escape(written(name, value) + unit)}</b>", bounds, f"{record.get('n') or 0:,}"
+    return head, f"<b>{escape(written(name, value) + unit)}</b><small>{bounds}</small>", f"{record.get('n') or 0:,}"
 
 
 def _meaning(record: Record, kind: Kind) -> str:
     features, tap = features_of(record), record.get("tap")
     if record["name"].startswith("lpips_"):
         features = record["name"].removeprefix("lpips_")
-    parts = [kind.meaning, f"{features} features" if features and record["name"] != "class_accuracy" else "", f"tap {tap}" if tap else ""]
-    return ", ".join(part for part in parts if part)
+    judged = f"{features} features" if features and record["name"] != "class_accuracy" else ""
+    return ", ".join(part for part in (kind.meaning, judged, f"tap {tap}" if tap else "") if part)
 
 
 def _protocols(records: Sequence[Record]) -> str:
     """What all scores of a subject share, then what is particular to some; scores alike in all are told together."""
     listed = [(kind_label(record), flattened(record["protocol"])) for record in records]
-    shared = [fact for fact in listed[0][1] if all(fact in facts for _, facts in listed)]
+    shared = [fact for fact in listed[0][1] if all(fact in told for _, told in listed)]
     own: dict[tuple[tuple[str, str], ...], list[str]] = {}
-    for label, facts in listed:
-        own.setdefault(tuple(fact for fact in facts if fact not in shared), []).append(label)
-    parts = [_facts(shared)]
-    parts += [f"<h4>{escape(', '.join(labels))}</h4>{_facts(facts)}" for facts, labels in own.items() if facts]
+    for label, told in listed:
+        own.setdefault(tuple(fact for fact in told if fact not in shared), []).append(label)
+    parts = [facts(shared)]
+    parts += [f"<h4>{escape(', '.join(labels))}</h4>{facts(told)}" for told, labels in own.items() if told]
     return f'<details><summary>How this was measured</summary>{"".join(parts)}</details>'
 
 
@@ -139,11 +144,6 @@ def kind_label(record: Record) -> str:
     """Label of a score with its features, where several share the label."""
     features = features_of(record)
     return f"{kind_of(record['name']).label} ({features})" if features else kind_of(record["name"]).label
-
-
-def _facts(pairs: Iterable[tuple[str, str]]) -> str:
-    rows = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in pairs)
-    return f'<dl class="facts">{rows}</dl>'
 
 
 def share_text(value: float) -> str:

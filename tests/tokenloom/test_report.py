@@ -1,5 +1,6 @@
 """The report says what a run folder holds, whatever it holds, in one file that needs no other."""
 
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -41,7 +42,7 @@ def make_run(folder: Path, *, labels: bool = True) -> Path:
     write_json(folder / "eval" / "classifier" / "model.json", {"kind": "classifier", "accuracy": 0.9714})
     stages = ("tokenizer", "encode", "autoregressive", "diffusion", "samples of diffusion", "eval")
     write_json(folder / "stages.json", {name: {"seconds": 7.5 * place + 1} for place, name in enumerate(stages)})
-    (folder / "config.yaml").write_text(f"run: {{name: '{EVIL}'}}\ntokenizer: {{}}\nautoregressive: {{}}\ndiffusion: {{}}\n")
+    (folder / "config.yaml").write_text(f"run: {{name: '{EVIL}'}}\ndiffusion: {{train: {{steps: 90}}}}\n")
     return folder
 
 
@@ -53,8 +54,9 @@ def write_stage(folder: Path, stage: str, card: dict, lines: list[dict]) -> None
 
 
 def curve(*keys: str) -> list[dict]:
-    lines = [{"step": step, **{key: 3.0 / step for key in keys}, "samples_per_second": 100.0} for step in range(5, 45, 5)]
-    lines.append({"step": 40, **{f"validation/{key}": 0.1 for key in (*keys, "nll", "unigram_entropy")}})
+    keys, steps = (*keys, "samples_per_second"), range(5, 45, 5)
+    lines = [{"step": step, **dict.fromkeys(keys, 3.0 / step)} for step in steps]
+    lines.append({"step": 40, **{f"validation/{key}": 0.1 for key in (*keys[:-1], "nll", "unigram_entropy")}})
     return [*lines, {"step": 45, "loss": "nan"}]
 
 
@@ -69,11 +71,11 @@ def write_codes(folder: Path, split: str, rng: np.random.Generator) -> None:
 
 def write_samples(folder: Path, family: str, rng: np.random.Generator, *, labels: bool) -> None:
     folder.mkdir(parents=True)
-    chosen = [number % 10 if labels else -1 for number in range(40)]
-    for number in range(40):
+    chosen = [number % 10 if labels else -1 for number in range(20)]
+    for number in range(20):
         pixels = rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number:06d}.png")
-    told = {"family": family, "labels": chosen, "seeds": list(range(40)), "class_names": NAMES if labels else []}
+    told = {"family": family, "labels": chosen, "seeds": list(range(20)), "class_names": NAMES if labels else []}
     write_json(folder / "samples.json", {**told, "settings": {"guidance": 2.0}})
 
 
@@ -81,7 +83,9 @@ def scores() -> list[dict]:
     def one(name: str, subject: str, value: float, **more: object) -> dict:
         features = {"features": {"name": "classifier"}} if name.startswith(("fd", "kid", "class")) else {}
         stated = {"judge": 1, "data": {"source": "folder", "path": EVIL}, "size": SIZE, **features}
-        return {"name": name, "subject": subject, "value": value, "interval": [0.9 * value, 1.1 * value], "n": 500, **more, "protocol": stated}
+        interval = [0.9 * value, 1.1 * value]
+        told = {"name": name, "subject": subject, "value": value, "interval": interval, "n": 500, **more}
+        return {**told, "protocol": stated}
 
     families = ("autoregressive", "diffusion")
     found = [one("usage_256", "tokenizer", 0.5), one("psnr", "tokenizer", 23.4567), one("usage", "tokenizer", 0.875)]
@@ -93,11 +97,12 @@ def scores() -> list[dict]:
 
 
 def probe() -> list[dict]:
-    taps = [("pixels", "pixels"), ("tokenizer", "encoder.0"), ("tokenizer", "codes"), ("diffusion", "block_1"), ("diffusion", "block_2")]
-    return [
-        {"family": family, "tap": tap, "test_top1": 0.8 + place / 100, "interval": [0.7, 0.95] if place else [float("nan")] * 2}
-        for place, (family, tap) in enumerate(taps)
-    ]
+    taps = ["pixels pixels", "tokenizer encoder.0", "tokenizer codes", "diffusion block_1", "diffusion block_2"]
+    rows = []
+    for place, (family, tap) in enumerate(each.split() for each in taps):
+        interval = [0.7, 0.95] if place else [float("nan")] * 2
+        rows.append({"family": family, "tap": tap, "test_top1": 0.8 + place / 100, "interval": interval})
+    return rows
 
 
 class Page(HTMLParser):
@@ -148,4 +153,101 @@ def test_a_page_holds_all_that_it_shows(full: Page):
     assert set(CHAPTERS) == set(full.ids)
     assert {f"#{name}" for name in CHAPTERS} <= set(full.links)
     assert all(image["alt"] for image in full.images)
-    assert len(full.images) == 2 * 40 + 8 + 1
+    assert len(full.images) == 2 * 20 + 8 + 1
+
+
+def test_a_page_tells_every_subject(full: Page):
+    words = ("Autoregressive transformer", "Latent diffusion", "Tokenizer", "Raw pixels", "stranger", "never_heard_of")
+    figures = ("23.46", "87.5", "4.57", "0.0123", "97.1", "1,234 training images", "4 × 4 = 16 tokens", "32 codes")
+    others = ("chosen block_2: 84.0 %", "animal 9", "8.5 s", "f00ddiffusion", "1.00e−09", "samples of diffusion")
+    missing = [text for text in (*words, *figures, *others) if text not in full.words]
+    assert not missing
+    assert "nan" not in full.words
+
+
+def test_headings_go_down_one_level_at_a_time(full: Page):
+    assert full.headings[0] == 1 and full.headings.count(1) == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(full.headings))
+
+
+def test_text_of_a_run_is_never_markup(full: Page):
+    assert EVIL in full.words  # as a class name, in a protocol and in the configuration
+    assert EVIL in {name for image in full.images for name in re.findall(r"class (.*), seed", image["alt"])}
+
+
+def test_a_page_is_small(tmp_path: Path):
+    assert write_report(make_run(tmp_path / "zoo")).stat().st_size < 400_000
+
+
+def test_without_labels_there_is_a_plain_grid(tmp_path: Path):
+    page = read(write_report(make_run(tmp_path / "zoo", labels=False)))
+    assert [image["alt"] for image in page.images][:2] == [f"Autoregressive transformer, seed {row}" for row in (0, 1)]
+    assert not any("class" in image["alt"] for image in page.images)
+
+
+@pytest.mark.parametrize(
+    ("gone", "said"),
+    [
+        ("diffusion/model.json", "Latent diffusion: still in training|unfinished, step 45 of 90"),
+        ("diffusion", "Latent diffusion: not trained yet|Not begun yet"),
+        ("samples/diffusion", "Latent diffusion: trained, but no samples are drawn yet"),
+        ("tokenizer/previews", "No previews of reconstructions yet"),
+        ("tokenizer/metrics.jsonl", "its metrics.jsonl is missing"),
+        ("codes", "No codes yet"),
+        ("eval/probe.json", "No probe yet"),
+        ("eval/metrics.json", "No scores yet"),
+        ("stages.json", "No stage has ended yet"),
+        ("config.yaml", "config.yaml is not there yet"),
+    ],
+)
+def test_what_is_missing_is_said_in_words(tmp_path: Path, gone: str, said: str):
+    folder = make_run(tmp_path / "zoo")
+    if gone.startswith("diffusion"):
+        (folder / "samples" / "diffusion").rename(tmp_path / "samples")
+    (folder / gone).rename(tmp_path / "gone")
+    words = read(write_report(folder)).words
+    assert all(part in words for part in said.split("|"))
+
+
+@pytest.mark.parametrize("rest", [b"", b"\xff\xfe{", b"[1, 2"])
+def test_damaged_files_never_stop_a_report(tmp_path: Path, rest: bytes):
+    folder = make_run(tmp_path / "zoo")
+    for path in (path for path in list(folder.rglob("*")) if path.is_file()):
+        path.write_bytes(rest)
+    page = read(write_report(folder))
+    assert "No scores yet" in page.words and not page.images
+
+
+def test_an_empty_folder_makes_a_page_and_a_missing_one_an_error(tmp_path: Path):
+    assert "No generator in this run so far" in read(write_report(tmp_path)).words
+    with pytest.raises(ValueError, match="no such run folder"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_large_pictures_are_shrunk(tmp_path: Path):
+    folder = make_run(tmp_path / "zoo")
+    for path in (folder / "samples").rglob("0*.png"):
+        Image.effect_noise((256, 256), 80).convert("RGB").save(path)
+    assert write_report(folder).stat().st_size < 2_500_000
+
+
+def test_a_grid_is_cut_back_into_its_pictures(tmp_path: Path):
+    images = torch.randint(0, 255, (5, 3, SIZE, SIZE), dtype=torch.uint8)
+    save_grid(images, tmp_path / "grid.png", columns=2)
+    tiles = cut_grid(tmp_path / "grid.png", SIZE)
+    assert np.array_equal(np.stack(tiles), images.permute(0, 2, 3, 1).numpy())
+    assert cut_grid(tmp_path / "grid.png", SIZE - 1) == []
+
+
+def test_an_overview_is_one_picture_below_300_kB(tmp_path: Path):
+    path = save_overview(make_run(tmp_path / "zoo"), tmp_path / "docs" / "overview.png")
+    assert path.stat().st_size < 300_000
+    with Image.open(path) as picture:
+        assert picture.width > 300
+    with pytest.raises(ValueError, match="nothing to show yet"):
+        save_overview(tmp_path / "docs", path)
+
+
+def test_weights_are_counted_from_the_header(tmp_path: Path):
+    make_run(tmp_path / "zoo")
+    assert num_weights(tmp_path / "zoo" / "tokenizer" / "model.safetensors") == 20

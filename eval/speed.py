@@ -1,0 +1,228 @@
+"""How fast each stage runs here: images, tokens and operations per second, beside the rate of a plain matrix product.
+
+Networks have their configured sizes and random weights. A machine's speed wanders with its other work, so the
+matrix rate is measured anew before every row, in the same process and the same precision.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.checkpoint import write_json
+from engine.config import DataConfig, RunConfig
+from engine.device import Device
+from engine.flops import forward_flops
+from engine.shards import Shards, ShardWriter, open_shards
+from engine.sources import open_images
+from eval.bench import Bench, cut, table
+from eval.stopwatch import machine, seconds_of, time_calls
+from generator.autoregressive import VIM, build_network
+from generator.autoregressive_task import AutoregressiveTask
+from generator.card import generator_card
+from generator.condition import label_rows, spread_labels
+from generator.config import AutoregressiveConfig, DiffusionConfig
+from generator.decoding import decode
+from generator.denoiser import DiT
+from generator.diffusion import Diffusion, build_denoiser
+from generator.diffusion_task import DiffusionTask
+from tokenizer.config import TokenizerConfig
+from tokenizer.model import Tokenizer
+from tokenizer.train import TokenizerTask
+
+RANDOM_ROWS = 512  # of codes, where the run has none yet
+FIRST = 2  # codes or solver steps that are timed to guess how many fit
+
+
+def speed(
+    *,
+    run: RunConfig,
+    data: DataConfig,
+    tokenizer: TokenizerConfig,
+    autoregressive: AutoregressiveConfig | None,
+    diffusion: DiffusionConfig | None,
+    device: Device,
+    seconds: float = 10.0,
+) -> list[dict[str, Any]]:
+    """Measure every stage that the experiment has, print a table, and write `<run>/eval/speed.json`.
+
+    About `seconds` are given to each activity, and one more to the matrix rate.
+
+    Returns:
+        A row for each activity, with the keys that `Bench` tells.
+
+    Raises:
+        ValueError: the images are not there, or sizes do not fit each other.
+    """
+    bench, path = Bench(run, device, seconds=seconds), run.folder / "eval" / "speed.json"
+    images = open_images(data, "train")
+    bench.read("image loading", images, tokenizer.train.batch_size, data.workers, limit=len(images))
+    model = Tokenizer(tokenizer.model, tokenizer.quantizer, image_size=data.size)
+    with tempfile.TemporaryDirectory() as folder:
+        shards, origin = usable_shards(run, model, images.class_names, Path(folder) / "codes")
+        bench.read("code loading", shards, tokenizer.train.batch_size, data.workers, note=origin)
+        measure_tokenizer(bench, tokenizer, data)
+        if autoregressive:
+            measure_autoregressive_step(bench, autoregressive, shards, model)
+            measure_decoding(bench, autoregressive, generator_card(autoregressive, shards, model))
+        if diffusion:
+            measure_diffusion_step(bench, diffusion, shards, model)
+            measure_solving(bench, diffusion, generator_card(diffusion, shards, model))
+    if device.is_main:
+        write_json(path, {"machine": machine(device, run), "rows": bench.rows})
+        print(f"{table(bench.rows)}\nin {path}")
+    return bench.rows
+
+
+def measure_tokenizer(bench: Bench, config: TokenizerConfig, data: DataConfig) -> None:
+    """Training steps of the tokenizer on random images."""
+    model, test = Tokenizer(config.model, config.quantizer, image_size=data.size), open_images(data, "test")
+    bench.step(
+        "tokenizer step", config, RandomImages(data.size),
+        forward=forward_flops(model, torch.empty(1, 3, data.size, data.size)), tokens=math.prod(model.grid),
+        build=lambda section: TokenizerTask(model, section, test=test, device=bench.device),
+    )  # fmt: skip
+
+
+def measure_autoregressive_step(
+    bench: Bench, config: AutoregressiveConfig, shards: Shards, tokenizer: Tokenizer
+) -> None:
+    """Training steps of the autoregressive generator."""
+    with torch.device("meta"):
+        network = build_network(config.model, generator_card(config, shards, tokenizer))
+        inputs = torch.empty(1, network.length, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
+    bench.step(
+        "autoregressive step", config, shards, forward=forward_flops(network, *inputs), tokens=network.length,
+        build=lambda section: AutoregressiveTask(
+            config=section, shards=shards, test_shards=shards, tokenizer=tokenizer
+        ),
+    )  # fmt: skip
+
+
+def measure_decoding(bench: Bench, config: AutoregressiveConfig, card: dict[str, Any]) -> None:
+    """Sampling code by code with a cache: as many codes of the sequence as time allows, since each costs the same."""
+    name, settings, device = "autoregressive sampling", config.sample, bench.device.device
+    bench.begin(name, torch.float32)
+    network = build_network(config.model, card).to(device).eval().requires_grad_(False)
+    one, classes = torch.zeros(1, dtype=torch.int64), network.num_classes
+    flops = forward_flops(NextCode(network), one[:, None], one) * (1 if settings.guidance == 1 else 2)
+    batch = min(settings.batch_size, max(1, int(bench.affordable(flops, 1 / 32))))
+    labels = label_rows(spread_labels(batch, classes), batch, classes).to(device)
+
+    def draw(codes: int) -> Tensor:
+        return decode(network, labels, torch.rand(batch, codes, device=device), settings, null_label=classes)
+
+    codes = _fitting(draw, network.length, bench)
+    times = time_calls(lambda: draw(codes), device=bench.device, seconds=bench.seconds / 2)
+    note = ", ".join(filter(None, [cut(batch, settings.batch_size), f"{codes:,} codes of {network.length:,}"]))
+    bench.end(
+        name, times, images=batch * codes / network.length, batch_size=batch, tokens=network.length,
+        flops=flops * batch * codes, note=note,
+    )  # fmt: skip
+
+
+def measure_diffusion_step(bench: Bench, config: DiffusionConfig, shards: Shards, tokenizer: Tokenizer) -> None:
+    """Training steps of the diffusion generator."""
+    with torch.device("meta"):
+        network = build_denoiser(config.model, generator_card(config, shards, tokenizer))
+    bench.step(
+        "diffusion step", config, shards, forward=denoiser_flops(network), tokens=math.prod(network.grid),
+        build=lambda section: DiffusionTask(config=section, shards=shards, test_shards=shards, tokenizer=tokenizer),
+    )  # fmt: skip
+
+
+def measure_solving(bench: Bench, config: DiffusionConfig, card: dict[str, Any]) -> None:
+    """Sampling with the configured solver: as many of its steps as time allows, counted as that part of an image."""
+    name, device = "diffusion sampling", bench.device.device
+    bench.begin(name, torch.float32)
+    generator = Diffusion(build_denoiser(config.model, card), card).to(device).eval().requires_grad_(False)
+    flops = denoiser_flops(generator.network)
+    batch = min(config.sample.batch_size, max(1, int(bench.affordable(2 * flops, 1 / 32))))
+    labels = spread_labels(batch, generator.num_classes)
+    evaluated: list[int] = []  # rows of each call of the network
+    generator.network.register_forward_pre_hook(lambda _, inputs: evaluated.append(len(inputs[0])))
+
+    def draw(steps: int) -> Tensor:
+        evaluated.clear()
+        settings = asdict(replace(config.sample, num_steps=steps, batch_size=batch))
+        return generator.sample(labels, range(batch), **settings)
+
+    steps = _fitting(draw, config.sample.num_steps, bench)
+    times = time_calls(lambda: draw(steps), device=bench.device, seconds=bench.seconds / 2)
+    done = f"{steps} steps of {config.sample.num_steps} with {config.sample.solver}"
+    bench.end(
+        name, times, images=batch * steps / config.sample.num_steps, batch_size=batch, flops=flops * sum(evaluated),
+        note=", ".join(filter(None, [cut(batch, config.sample.batch_size), done])),
+    )  # fmt: skip
+
+
+def denoiser_flops(network: DiT) -> int:
+    """Operations of one call on one image."""
+    latents, one = torch.empty(1, *network.latent_shape), torch.empty(1)
+    return forward_flops(network, latents, one, one.long())
+
+
+def _fitting(draw: Callable[[int], Tensor], most: int, bench: Bench) -> int:
+    """How many codes or steps fit into a quarter of the time, at most all of them."""
+    first = min(FIRST, most)
+    draw(first)
+    seconds = seconds_of(lambda: draw(first), bench.device)
+    return min(most, max(first, int(first * bench.seconds / 4 / seconds)))
+
+
+class NextCode(nn.Module):
+    """One more code of a sequence whose cache is full length: what decoding calls again and again."""
+
+    def __init__(self, network: VIM) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, codes: Tensor, position: Tensor) -> Tensor:
+        return self.network.advance(codes, None, position, self.network.caches(len(codes)))
+
+
+class RandomImages:
+    """Images without content, as many as are asked for."""
+
+    def __init__(self, size: int) -> None:
+        self.images = torch.randint(256, (16, 3, size, size), dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, Tensor]:
+        return {
+            "images": self.images[torch.from_numpy(indices)],
+            "labels": torch.zeros(len(indices), dtype=torch.int64),
+        }
+
+
+def usable_shards(
+    run: RunConfig, tokenizer: Tokenizer, class_names: tuple[str, ...], folder: Path
+) -> tuple[Shards, str]:
+    """The run's own codes if they have the tokenizer's sizes, else random ones written to `folder`, and which it is."""
+    own = run.folder / "codes" / "train"
+    sizes = {
+        "grid": list(tokenizer.grid),
+        "vocab_size": tokenizer.vocab_size,
+        "latent_shape": list(tokenizer.latent_shape),
+    }
+    if (own / "meta.json").is_file():
+        shards = open_shards(own)
+        if {key: shards.meta[key] for key in sizes} == sizes:
+            return shards, f"from {own}"
+    labels = torch.arange(RANDOM_ROWS) % len(class_names) if class_names else torch.full((RANDOM_ROWS,), -1)
+    with ShardWriter(folder, views=("original",), vocab_size=tokenizer.vocab_size) as writer:
+        for label in labels.split(64):
+            codes = torch.randint(tokenizer.vocab_size, (len(label), 1, math.prod(tokenizer.grid)))
+            writer.append(labels=label, codes=codes, latents=torch.randn(len(label), 1, *tokenizer.latent_shape))
+        writer.close({**sizes, "tokenizer_fingerprint": "", "class_names": list(class_names), "images": {}})
+    return open_shards(folder), "random codes"

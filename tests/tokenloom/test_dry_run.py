@@ -1,0 +1,126 @@
+"""The dry run tells the sizes of the networks that would be trained, and touches neither data nor run folder."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.config import DataConfig, TrainConfig
+from engine.flops import forward_flops
+from generator.config import AutoregressiveConfig, AutoregressiveModelConfig, DenoiserModelConfig, DiffusionConfig
+from tokenizer.config import TokenizerConfig, TokenizerModelConfig
+from tokenizer.model import Tokenizer, count_parameters
+from tokenloom.dry_run import Stage, build_stages, dry_run, memory, quantity
+from tokenloom.experiment import Experiment, load_experiment
+
+DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
+
+
+@pytest.fixture
+def digits(tmp_path: Path) -> Experiment:
+    return load_experiment(["--config", str(DIGITS), f"--run.root={tmp_path}", "--run.precision=fp32"])
+
+
+def cells(text: str, name: str) -> list[str]:
+    """The cells of a row of the table."""
+    line = next(line for line in text.splitlines() if line.startswith(name))
+    return [cell.strip() for cell in line[len(name) :].split("  ") if cell.strip()]
+
+
+def test_it_tells_what_training_would_use(digits: Experiment) -> None:
+    text = dry_run(digits)
+    tokenizer = Tokenizer(digits.tokenizer.model, image_size=32)
+    assert cells(text, "parameters")[0] == quantity(count_parameters(tokenizer))
+    assert cells(text, "tokens per image") == ["16", "16", "16"]
+    train = [section.train for section in (digits.tokenizer, digits.autoregressive, digits.diffusion) if section]
+    assert cells(text, "steps x batch") == [f"{each.steps:,} x {each.batch_size:,}" for each in train]
+    assert cells(text, "images seen") == [quantity(each.steps * each.batch_size) for each in train]
+    weights = cells(text, "  weights, gradients, AdamW, EMA")
+    assert weights[0] == memory(20 * count_parameters(tokenizer))
+    assert "10 classes (as in the data)" in text
+
+
+def test_it_writes_nothing_and_says_where_results_will_lie(digits: Experiment) -> None:
+    text = dry_run(digits)
+    assert not digits.run.folder.exists()
+    assert f"results in {digits.run.folder}/ (new)" in text
+    assert "autoregressive/  diffusion/" in text
+
+
+def test_absent_families_are_left_out(digits: Experiment) -> None:
+    text = dry_run(dataclasses.replace(digits, autoregressive=None))
+    assert "autoregressive" not in text and "diffusion" in text
+
+
+def test_data_need_not_be_there(digits: Experiment) -> None:
+    elsewhere = dataclasses.replace(digits, data=DataConfig(source="folder", path="/not/here", size=32))
+    assert "1,000 classes (assumed" in dry_run(elsewhere)
+
+
+def test_processes_share_the_batch_and_under_fsdp_the_weights(
+    digits: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = dry_run(digits)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    copies = dry_run(digits)
+    shards = dry_run(dataclasses.replace(digits, run=dataclasses.replace(digits.run, parallel="fsdp")))
+    assert cells(alone, "  images at a time")[0] == "64" and cells(copies, "  images at a time")[0] == "16"
+    state = "  weights, gradients, AdamW, EMA"
+    assert cells(copies, state) == cells(alone, state) != cells(shards, state)
+    parameters = count_parameters(Tokenizer(digits.tokenizer.model, image_size=32))
+    assert cells(shards, state)[0] == memory(20 * parameters / 4)
+    assert "4 processes (fsdp)" in shards
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(digits: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match=r"batch_size=64 must be a multiple of processes x train.accumulate = 3"):
+        dry_run(digits)
+
+
+def test_accumulation_and_a_missing_average_save_memory(digits: Experiment) -> None:
+    train = TrainConfig(batch_size=64, accumulate=8, ema=0.0)
+    text = dry_run(dataclasses.replace(digits, tokenizer=dataclasses.replace(digits.tokenizer, train=train)))
+    assert cells(text, "  images at a time") == ["8", "64", "64"]
+    parameters = count_parameters(Tokenizer(digits.tokenizer.model, image_size=32))
+    assert cells(text, "  weights, gradients, AdamW, EMA")[0] == memory(16 * parameters)
+
+
+# Peebles & Xie (2023), table 1: parameters in millions, operations in billions of multiply-adds.
+DENOISERS = [("S", 33, 6.06), ("B", 130, 23.01), ("L", 458, 80.71), ("XL", 675, 118.64)]
+
+
+@pytest.mark.parametrize(("preset", "parameters", "multiply_adds"), DENOISERS)
+def test_denoisers_have_their_published_sizes(preset: Any, parameters: float, multiply_adds: float) -> None:
+    stage = published(diffusion=DiffusionConfig(model=DenoiserModelConfig(preset=preset, patch_size=2)))
+    assert stage.tokens == 256
+    assert count_parameters(stage.network) / 1e6 == pytest.approx(parameters, rel=0.015)
+    assert forward_flops(stage.network, *stage.inputs) / 2e9 == pytest.approx(multiply_adds, rel=0.01)
+
+
+# ViT-VQGAN (Yu et al., 2022), table 2, in millions; its count leaves out a little more than ours.
+@pytest.mark.parametrize(("preset", "parameters"), [("vim-base", 650), ("vim-large", 1697)])
+def test_transformers_have_their_published_sizes(preset: Any, parameters: float) -> None:
+    model = AutoregressiveModelConfig(preset=preset)
+    stage = published(autoregressive=AutoregressiveConfig(model=model))
+    assert count_parameters(stage.network) / 1e6 == pytest.approx(parameters, rel=0.1)
+    depth, width, _ = model.shape
+    matrices = depth * 12 * width**2 + 8192 * width
+    attention = depth * 4 * 1024**2 * width
+    assert forward_flops(stage.network, *stage.inputs) == 2 * 1024 * matrices + attention
+
+
+def published(**family: Any) -> Stage:
+    """The generator of a ViT-VQGAN at 256 pixels with latents as DiT's, 4 channels on a grid of 32 x 32."""
+    tokenizer = TokenizerConfig(model=TokenizerModelConfig(preset="base-base", code_dim=4))
+    experiment = Experiment(data=DataConfig(size=256), tokenizer=tokenizer, **family)
+    with torch.device("meta"):
+        return list(build_stages(experiment, 1000))[1]
+
+
+def test_numbers_are_written_with_three_digits() -> None:
+    assert [quantity(value) for value in (0, 7, 999, 1234, 1.5e9, 2e22)] == ["0", "7", "999", "1.23 k", "1.5 G", "20 Z"]
+    assert quantity(118.64e9, "FLOP") == "119 GFLOP"
+    assert memory(3 * 2**20) == "3.0 MiB" and memory(5 * 2**30) == "5.0 GiB"

@@ -1,0 +1,115 @@
+"""The whole street on real images, once, in seconds; then what holds of the run that it leaves."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import tokenloom
+from tokenloom.cli import main
+
+SMOKE = str(Path(__file__).parents[2] / "configs" / "smoke.yaml")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    main(["run", "--config", SMOKE, f"--run.root={root}", "--run.device=cpu", "--run.precision=fp32"])
+    return root / "smoke"
+
+
+def command(run: Path, name: str, *words: str) -> None:
+    main([name, "--config", str(run / "config.yaml"), *words])
+
+
+def test_every_stage_leaves_its_files(run: Path) -> None:
+    for name in (
+        "config.yaml", "stages.json", "tokenizer/model.json", "codes/train/meta.json", "codes/test/meta.json",
+        "autoregressive/model.json", "diffusion/model.json", "samples/autoregressive/samples.json",
+        "samples/diffusion/000039.png", "eval/metrics.json", "eval/probe.json", "report.html",
+    ):  # fmt: skip
+        assert (run / name).is_file(), name
+
+
+def test_scores_are_records_with_a_protocol(run: Path) -> None:
+    records = json.loads((run / "eval" / "metrics.json").read_text())
+    assert {"real", "tokenizer", "autoregressive", "diffusion"} <= {entry["subject"] for entry in records}
+    assert all({"name", "subject", "value", "interval", "n", "protocol"} <= entry.keys() for entry in records)
+    names = {(entry["subject"], entry["name"]) for entry in records}
+    for subject in ("real", "autoregressive", "diffusion"):
+        assert (subject, "fd_classifier") in names
+    assert not any(name in ("fid", "is", "rfid") for _, name in names)  # Inception alone may bear these names
+
+
+def test_a_second_run_finds_nothing_to_do(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ("tokenizer/model.json", "codes/train/meta.json", "diffusion/model.json", "samples/diffusion/samples.json")
+    before = [(run / name).stat().st_mtime_ns for name in files]
+    command(run, "run")
+    told = capsys.readouterr().out
+    for stage in ("tokenizer", "encode", "autoregressive", "diffusion", "samples of diffusion", "eval"):
+        assert f"{stage}: done before" in told
+    assert [(run / name).stat().st_mtime_ns for name in files] == before
+
+
+def test_a_changed_tokenizer_is_refused_and_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        command(run, "tokenizer", "--tokenizer.train.learning_rate=0.5")
+    assert error.value.code == 2
+    assert "tokenizer.train.learning_rate: 0.002 -> 0.5" in capsys.readouterr().err
+
+
+def test_samples_from_the_command_line(run: Path, tmp_path: Path) -> None:
+    words = ("--only", "autoregressive", "--num", "3", "--label", "7", "--seed", "5")
+    command(run, "sample", *words, "--out", str(tmp_path / "out"))
+    told = json.loads((tmp_path / "out" / "autoregressive" / "samples.json").read_text())
+    assert told["labels"] == [7, 7, 7]
+    assert len(list((tmp_path / "out" / "autoregressive").glob("0*.png"))) == 3
+
+
+@pytest.mark.parametrize("family", ["autoregressive", "diffusion"])
+def test_the_python_interface_draws_what_a_seed_says(run: Path, family: str) -> None:
+    images = tokenloom.sample(run, family, labels=[3, 7, 3], seeds=[0, 1, 2])
+    assert images.shape == (3, 3, 16, 16) and images.dtype == torch.uint8
+    again = tokenloom.sample(run, family, labels=[7], seeds=[1])
+    assert (images[1].int() - again[0].int()).abs().max() <= 1
+    with pytest.raises(ValueError, match="one label for each seed"):
+        tokenloom.sample(run, family, labels=[3], seeds=[0, 1])
+
+
+def test_the_python_interface_reconstructs_and_loads(run: Path) -> None:
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    tokenizer = tokenloom.load_tokenizer(run)
+    assert torch.equal(tokenloom.reconstruct(run, images), tokenizer.decode(tokenizer.encode(images)))
+    assert tokenloom.load_generator(run, "diffusion").tokenizer_fingerprint == tokenizer.fingerprint
+    with pytest.raises(AttributeError, match="load_tokenizer"):
+        tokenloom.load_tokeniser  # noqa: B018
+
+
+def test_scoring_from_python_gives_the_same_numbers(run: Path) -> None:
+    before = {(r["subject"], r["name"]): r["value"] for r in json.loads((run / "eval" / "metrics.json").read_text())}
+    for entry in tokenloom.score(run, only="reconstruction"):
+        assert entry["value"] == pytest.approx(before[entry["subject"], entry["name"]])
+
+
+def test_an_exported_folder_samples_the_same_images(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "models"
+    command(run, "export", "--out", str(out))
+    first, second = (tokenloom.sample(path, "autoregressive", labels=[1, 2], seeds=[0, 1]) for path in (run, out))
+    assert torch.equal(first, second)
+    assert not list(out.rglob("checkpoints"))
+
+
+def test_scores_of_another_protocol_are_not_set_side_by_side(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = run / "eval" / "metrics.json"
+    main(["compare", str(mine), str(mine)])
+    assert "fd_classifier" in capsys.readouterr().out
+    changed = json.loads(mine.read_text())
+    for entry in changed:
+        entry["protocol"]["num_real"] = 7
+    (tmp_path / "other.json").write_text(json.dumps(changed))
+    with pytest.raises(SystemExit):
+        main(["compare", str(mine), str(tmp_path / "other.json")])
+    assert "num_real" in capsys.readouterr().err

@@ -1,0 +1,197 @@
+"""What an experiment will cost, told within seconds: networks are built on the meta device and nothing is computed."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.batches import part_rows
+from engine.config import RunConfig, TrainConfig
+from engine.device import choose_precision
+from engine.flops import TRAINING_FACTOR, forward_flops, saved_bytes
+from engine.shards import open_shards
+from engine.sources import open_images
+from generator.autoregressive import build_network
+from generator.config import AutoregressiveConfig, DiffusionConfig
+from generator.diffusion import build_denoiser
+from tokenizer.model import Tokenizer, count_parameters
+from tokenloom.experiment import Experiment
+
+ASSUMED_CLASSES = 1000
+FLOAT = 4  # bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A network to train, under its loss, and inputs of one image, all on the meta device."""
+
+    name: str
+    network: nn.Module
+    inputs: tuple[Tensor, ...]
+    loss: Callable[..., Tensor]
+    tokens: int
+    train: TrainConfig
+
+
+class Trained(nn.Module):
+    """A network with its loss, as one module."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__()
+        self.network, self.loss = stage.network, stage.loss
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.loss(self.network, *inputs)
+
+
+def dry_run(experiment: Experiment) -> str:
+    """Sizes, operations and memory of every stage, and where results will lie; the images are not opened.
+
+    The number of processes is WORLD_SIZE's, as torchrun sets it.
+
+    Raises:
+        ValueError: sizes that do not fit each other, or a batch that processes and parts do not divide.
+    """
+    run, world = experiment.run, int(os.environ.get("WORLD_SIZE", "1"))
+    classes, origin = num_classes(experiment)
+    place, precision, remark = imagined_device(run)
+    with torch.device("meta"):
+        stages = list(build_stages(experiment, classes))
+    columns = [stage_facts(stage, run, world, place, precision) for stage in stages]
+    size = f"{experiment.data.size} x {experiment.data.size}"
+    head = [
+        f"{run.name}: images of {size} pixels from {experiment.data.source}, {classes:,} classes ({origin})",
+        f"{world} process{'es' if world > 1 else ''}{f' ({run.parallel})' if world > 1 else ''}, {precision}{remark}",
+    ]
+    return "\n".join([*head, "", *table([stage.name for stage in stages], columns), "", *where(experiment)])
+
+
+def build_stages(experiment: Experiment, classes: int) -> Iterator[Stage]:
+    """The networks that the experiment has, on the current device."""
+    section, size = experiment.tokenizer, experiment.data.size
+    tokenizer = Tokenizer(section.model, section.quantizer, image_size=size)
+    tokens = math.prod(tokenizer.grid)
+    images = torch.empty(1, 3, size, size)
+    yield Stage(
+        name="tokenizer", network=tokenizer, inputs=(images,), loss=reconstruction, tokens=tokens, train=section.train
+    )
+    for name, family in experiment.generators():
+        card = {
+            "grid": tokenizer.grid, "vocab_size": tokenizer.vocab_size, "latent_shape": tokenizer.latent_shape,
+            "num_classes": 0 if family.model.label_dropout == 1 else classes,
+        }  # fmt: skip
+        yield generator_stage(name, family, card)
+
+
+def generator_stage(name: str, family: AutoregressiveConfig | DiffusionConfig, card: dict[str, Any]) -> Stage:
+    """The network of one family, for the codes or latents that the card describes."""
+    labels, tokens = torch.empty(1, dtype=torch.int64), math.prod(card["grid"])
+    if isinstance(family, AutoregressiveConfig):
+        vim, codes = build_network(family.model, card), torch.empty(1, tokens, dtype=torch.int64)
+        return Stage(name=name, network=vim, inputs=(codes, labels), loss=next_code, tokens=tokens, train=family.train)
+    dit, latents = build_denoiser(family.model, card), torch.empty(1, *card["latent_shape"])
+    inputs, tokens = (latents, torch.empty(1), labels), tokens // family.model.patch_size**2
+    return Stage(name=name, network=dit, inputs=inputs, loss=denoising, tokens=tokens, train=family.train)
+
+
+def reconstruction(network: nn.Module, images: Tensor) -> Tensor:
+    """The tokenizer's loss, but for its weights."""
+    output, _, losses, _ = network(images)
+    return (output.float() - images).square().mean() + sum(losses.values())
+
+
+def next_code(network: nn.Module, codes: Tensor, labels: Tensor) -> Tensor:
+    """The autoregressive loss."""
+    return F.cross_entropy(network(codes, labels).flatten(0, 1).float(), codes.flatten())
+
+
+def denoising(network: nn.Module, latents: Tensor, logsnr: Tensor, labels: Tensor) -> Tensor:
+    """The diffusion loss, but for its weights."""
+    return (network(latents, logsnr, labels).float() - latents).square().mean()
+
+
+def stage_facts(stage: Stage, run: RunConfig, world: int, place: str, precision: str) -> dict[str, str]:
+    """A column of the table."""
+    train = stage.train
+    share = part_rows(train.batch_size, 0, world * train.accumulate).stop
+    batch = [tensor.expand(share, *tensor.shape[1:]).clone() for tensor in stage.inputs]
+    parameters, forward = count_parameters(stage.network), forward_flops(stage.network, *stage.inputs)
+    seen = train.steps * train.batch_size
+    copies = 5 if train.ema else 4  # weight, gradient, two moments of AdamW, average
+    state = copies * FLOAT * parameters // (world if run.parallel == "fsdp" else 1)
+    activations = saved_bytes(Trained(stage), *batch, bf16=precision == "bf16", device=place)
+    return {
+        "parameters": quantity(parameters),
+        "tokens per image": f"{stage.tokens:,}",
+        "forward per image": quantity(forward, "FLOP"),
+        "training per image": quantity(TRAINING_FACTOR * forward, "FLOP"),
+        "steps x batch": f"{train.steps:,} x {train.batch_size:,}",
+        "images seen": quantity(seen),
+        "training in all": quantity(TRAINING_FACTOR * forward * seen, "FLOP"),
+        "memory per process": memory(state + activations),
+        "  weights, gradients, AdamW, EMA": memory(state),
+        "  saved for the backward pass": memory(activations),
+        "  images at a time": f"{share:,}",
+    }
+
+
+def num_classes(experiment: Experiment) -> tuple[int, str]:
+    """The number of classes and where it comes from; images are opened only if they are embedded."""
+    codes = experiment.run.folder / "codes" / "train"
+    if (codes / "meta.json").is_file():
+        return len(open_shards(codes).meta["class_names"]), f"as in {codes}"
+    if experiment.data.source == "digits":
+        return len(open_images(experiment.data, "test").class_names), "as in the data"
+    return ASSUMED_CLASSES, "assumed: the images are not opened"
+
+
+def imagined_device(run: RunConfig) -> tuple[str, str, str]:
+    """Device type to imagine, precision, and a remark if this machine cannot imagine the run's device."""
+    found = torch.cuda.is_available()
+    if run.device != "cuda" or found:
+        place = "cuda" if found and run.device != "cpu" else "cpu"
+        known = run.precision if run.precision != "auto" else choose_precision("auto", torch.device(place))
+        return place, known, f" on {place}"
+    precision = "fp32" if run.precision == "fp32" else "bf16"
+    return "cpu", precision, " on cuda; saved bytes as on a CPU: this machine has no GPU, whose attention saves less"
+
+
+def table(names: list[str], columns: list[dict[str, str]]) -> list[str]:
+    """Lines of a table with a row for each fact and a column for each stage."""
+    rows = list(dict.fromkeys(key for column in columns for key in column))
+    width = max(map(len, rows))
+    widths = [max(len(name), *map(len, column.values())) for name, column in zip(names, columns, strict=True)]
+    cells = [["", *names], *([row, *(column.get(row, "") for column in columns)] for row in rows)]
+    return [
+        "  ".join([first.ljust(width), *(cell.rjust(size) for cell, size in zip(rest, widths, strict=True))]).rstrip()
+        for first, *rest in cells
+    ]
+
+
+def where(experiment: Experiment) -> list[str]:
+    """Where the results will lie."""
+    names = [name for name, _ in experiment.generators()]
+    folders = ["tokenizer/", "codes/{train,test}/", *(f"{name}/" for name in names)]
+    folders += [*(f"samples/{name}/" for name in names), "eval/metrics.json", "report.html"]
+    state = "exists: finished stages are kept" if experiment.run.folder.exists() else "new"
+    return [f"results in {experiment.run.folder}/ ({state})", f"  {'  '.join(folders)}"]
+
+
+def quantity(value: float, unit: str = "") -> str:
+    """Three significant digits with a decimal prefix, such as 1.23 G."""
+    power = min(int(math.log10(value)) // 3, 7) if value >= 1 else 0
+    number, prefix = value / 1000**power, ("", "k", "M", "G", "T", "P", "E", "Z")[power]
+    digits = f"{number:.0f}" if power == 0 else f"{number:.3g}"
+    return f"{digits} {prefix}{unit}".rstrip()
+
+
+def memory(size: float) -> str:
+    """Bytes in MiB or GiB."""
+    return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.1f} GiB"
