@@ -186,10 +186,9 @@ def where(experiment: Experiment) -> list[str]:
 
 def quantity(value: float, unit: str = "") -> str:
     """Three significant digits with a decimal prefix, such as 1.23 G."""
+    value = float(f"{value:.3g}")
     power = min(int(math.log10(value)) // 3, 7) if value >= 1 else 0
-    number, prefix = value / 1000**power, ("", "k", "M", "G", "T", "P", "E", "Z")[power]
-    digits = f"{number:.0f}" if power == 0 else f"{number:.3g}"
-    return f"{digits} {prefix}{unit}".rstrip()
+    return f"{value / 1000**power:.3g} {('', 'k', 'M', 'G', 'T', 'P', 'E', 'Z')[power]}{unit}".rstrip()
 
 
 def memory(size: float) -> str:

@@ -121,6 +121,6 @@ def published(**family: Any) -> Stage:
 
 
 def test_numbers_are_written_with_three_digits() -> None:
-    assert [quantity(value) for value in (0, 7, 999, 1234, 1.5e9, 2e22)] == ["0", "7", "999", "1.23 k", "1.5 G", "20 Z"]
+    assert [quantity(value) for value in (0, 7, 999, 1234, 999_900, 2e22)] == ["0", "7", "999", "1.23 k", "1 M", "20 Z"]
     assert quantity(118.64e9, "FLOP") == "119 GFLOP"
     assert memory(3 * 2**20) == "3.0 MiB" and memory(5 * 2**30) == "5.0 GiB"

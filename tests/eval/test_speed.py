@@ -1,0 +1,178 @@
+"""Speeds are measured on the real steps of a tiny experiment; no test here asks how fast they are."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engine import flops
+from engine.config import DataConfig, RunConfig, TrainConfig
+from engine.device import Device, setup
+from engine.flops import forward_flops
+from engine.shards import open_shards
+from engine.task import Task
+from eval.bench import smaller_batch
+from eval.speed import NextCode, RandomImages, speed, usable_shards
+from eval.stopwatch import LEAST, WARM_UP, time_calls, time_steps
+from generator.autoregressive import VIM
+from generator.config import (
+    AutoregressiveConfig,
+    AutoregressiveModelConfig,
+    AutoregressiveSampleConfig,
+    DenoiserModelConfig,
+    DiffusionConfig,
+    DiffusionSampleConfig,
+)
+from tokenizer.config import TokenizerConfig, TokenizerModelConfig, TowerConfig
+from tokenizer.model import Tokenizer
+
+TOWER = TowerConfig(blocks=1, width=16, heads=2, mlp=32)
+TRAIN = TrainConfig(batch_size=4)
+TOKENIZER = TokenizerConfig(
+    model=TokenizerModelConfig(encoder=TOWER, decoder=TOWER, patch_size=4, vocab_size=16, code_dim=4), train=TRAIN
+)
+AUTOREGRESSIVE = AutoregressiveConfig(
+    model=AutoregressiveModelConfig(depth=1, width=16, heads=2),
+    train=TRAIN,
+    sample=AutoregressiveSampleConfig(batch_size=2, guidance=2.0),
+)
+DIFFUSION = DiffusionConfig(
+    model=DenoiserModelConfig(depth=1, width=16, heads=2),
+    train=TRAIN,
+    sample=DiffusionSampleConfig(batch_size=2, num_steps=2, solver="heun", guidance=2.0),
+)
+STEPS = ("tokenizer step", "autoregressive step", "diffusion step")
+SAMPLING = ("autoregressive sampling", "diffusion sampling")
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    monkeypatch.setattr(flops, "RATE_SECONDS", 0.01)
+    monkeypatch.setitem(flops.RATE_SIDE, "cpu", 256)
+    return RunConfig(name="tiny", root=str(tmp_path), device="cpu", precision="fp32", threads=1)
+
+
+@pytest.fixture
+def device(run: RunConfig) -> Device:
+    return setup(run)
+
+
+def test_every_stage_has_a_row(run: RunConfig, device: Device, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = speed(
+        run=run, data=DataConfig(size=16), tokenizer=TOKENIZER, autoregressive=AUTOREGRESSIVE, diffusion=DIFFUSION,
+        device=device, seconds=0.1,
+    )  # fmt: skip
+    named = {row["name"]: row for row in rows}
+    assert set(named) == {"image loading", "code loading", *STEPS, *SAMPLING}
+    for row in rows:
+        assert row["seconds"] > 0 and row["images_per_second"] > 0 and row["peak_memory_bytes"] > 0
+    for name in (*STEPS, *SAMPLING):
+        row = named[name]
+        assert row["dtype"] == "float32" and row["batch_size"] >= 1
+        assert (
+            row["ratio"] == pytest.approx(row["flops_per_second"] / row["matmul_flops_per_second"]) and row["ratio"] > 0
+        )
+    for name in (*STEPS, "autoregressive sampling"):
+        assert named[name]["tokens_per_second"] == pytest.approx(16 * named[name]["images_per_second"])
+    written = json.loads((run.folder / "eval" / "speed.json").read_text())
+    assert written["rows"] == rows
+    assert {"cpu", "cores", "threads", "torch", "precision"} <= written["machine"].keys()
+    assert "tokenizer step" in capsys.readouterr().out
+
+
+def test_absent_families_have_no_row(run: RunConfig, device: Device) -> None:
+    rows = speed(
+        run=run, data=DataConfig(size=16), tokenizer=TOKENIZER, autoregressive=None, diffusion=None, device=device,
+        seconds=0.02,
+    )  # fmt: skip
+    assert [row["name"] for row in rows] == ["image loading", "code loading", "tokenizer step"]
+
+
+def test_sampling_counts_what_the_solver_computes(run: RunConfig, device: Device) -> None:
+    rows = speed(
+        run=run, data=DataConfig(size=16), tokenizer=TOKENIZER, autoregressive=None, diffusion=DIFFUSION, device=device,
+        seconds=0.1,
+    )  # fmt: skip
+    step, sampling = ({row["name"]: row for row in rows}[name] for name in ("diffusion step", "diffusion sampling"))
+    # Heun calls the network twice a step but once in the last one; guidance doubles each call.
+    assert sampling["note"].endswith("2 steps of 2 with heun")
+    assert sampling["flops_per_image"] / (step["flops_per_image"] / 3) == pytest.approx(3 * 2)
+
+
+class Line(Task):
+    """y = 2 x, learnt by one weight."""
+
+    def __init__(self) -> None:
+        self.modules = {"line": nn.Linear(1, 1, bias=False)}
+        self.optimizers = {"line": torch.optim.AdamW(self.modules["line"].parameters())}
+        for group in self.optimizers["line"].param_groups:
+            group["peak_lr"] = group["lr"]
+        self.after: list[int] = []
+
+    def step(self, batch: dict[str, Tensor], rng: object) -> dict[str, Tensor]:
+        return {"loss": (self.modules["line"](batch["x"]) - 2 * batch["x"]).square().mean()}
+
+    def after_step(self, step: int, metrics: dict[str, float], rng: object) -> None:
+        self.after.append(step)
+
+
+class Numbers:
+    def __len__(self) -> int:
+        return 8
+
+    def load(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, Tensor]:
+        return {"x": torch.from_numpy(indices)[:, None].float()}
+
+
+def test_steps_are_those_of_the_training_loop(run: RunConfig, device: Device) -> None:
+    task = Line()
+    before = task.modules["line"].weight.item()
+    times = time_steps(task, Numbers(), train=TRAIN, run=run, device=device, seconds=0.0)
+    assert task.modules["line"].weight.item() != before
+    assert len(times) == LEAST and min(times) > 0
+    assert task.after == list(range(WARM_UP + LEAST))
+    assert not run.folder.exists()
+
+
+def test_calls_are_repeated_until_time_is_over(device: Device) -> None:
+    calls: list[int] = []
+    times = time_calls(lambda: calls.append(1), device=device, seconds=1e-3)
+    assert sum(times) >= 1e-3 and len(calls) == len(times) + WARM_UP
+
+
+@pytest.mark.parametrize(
+    ("most", "batch_size", "accumulate"), [(1000, 64, 4), (16, 32, 2), (9, 16, 1), (3, 6, 1), (0.2, 2, 1)]
+)
+def test_a_long_step_is_cut_to_fewer_parts_then_to_smaller_ones(most: float, batch_size: int, accumulate: int) -> None:
+    train = smaller_batch(TrainConfig(batch_size=64, accumulate=4), 2, most)
+    assert (train.batch_size, train.accumulate) == (batch_size, accumulate)
+
+
+def test_one_more_code_attends_to_the_whole_cache() -> None:
+    network = VIM(AUTOREGRESSIVE.model, vocab_size=32, length=24, num_classes=3)
+    one = torch.zeros(1, dtype=torch.int64)
+    matrices = 12 * 16**2 + 32 * 16
+    assert forward_flops(NextCode(network), one[:, None], one) == 2 * matrices + 4 * 24 * 16
+
+
+def test_a_runs_own_codes_are_read_if_they_fit(run: RunConfig, tmp_path: Path) -> None:
+    tokenizer = Tokenizer(TOKENIZER.model, image_size=16)
+    shards, origin = usable_shards(run, tokenizer, ("a", "b"), tmp_path / "random")
+    assert origin == "random codes" and shards.meta["class_names"] == ["a", "b"]
+    (run.folder / "codes").mkdir(parents=True)
+    (tmp_path / "random").rename(run.folder / "codes" / "train")
+    _, origin = usable_shards(run, tokenizer, ("a", "b"), tmp_path / "more")
+    assert origin == f"from {run.folder / 'codes' / 'train'}" and not (tmp_path / "more").exists()
+    other = Tokenizer(replace(TOKENIZER.model, vocab_size=8), image_size=16)
+    assert usable_shards(run, other, (), tmp_path / "more")[1] == "random codes"
+    assert (open_shards(tmp_path / "more").labels == -1).all()
+
+
+def test_random_images_have_the_shape_of_real_ones() -> None:
+    batch = RandomImages(8).load(np.arange(3))
+    assert batch["images"].shape == (3, 3, 8, 8) and batch["images"].dtype == torch.uint8
+    assert not torch.equal(batch["images"][0], batch["images"][1])

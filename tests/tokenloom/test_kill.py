@@ -1,0 +1,51 @@
+"""Promise: a run killed at any moment and started again ends with the very weights of an uninterrupted one."""
+
+import hashlib
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SMOKE = str(Path(__file__).parents[2] / "configs" / "smoke.yaml")
+STAGES = ("tokenizer", "autoregressive", "diffusion")
+KILLS = 10
+
+
+def start(root: Path) -> subprocess.Popen[bytes]:
+    words = ["run", "--config", SMOKE, f"--run.root={root}", "--run.device=cpu", "--eval.features=[random]"]
+    words += [f"--{stage}.train.{key}" for stage in STAGES for key in ("steps=400", "checkpoint_every=20")]
+    words += ["--run.threads=1", "--eval.probe.families=[pixels]"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    silent = subprocess.DEVNULL
+    return subprocess.Popen([sys.executable, "-m", "tokenloom", *words], env=environment, stdout=silent, stderr=silent)
+
+
+def weights(root: Path) -> dict[str, str]:
+    files = {stage: root / "smoke" / stage / "model.safetensors" for stage in STAGES}
+    return {stage: hashlib.sha256(path.read_bytes()).hexdigest() for stage, path in files.items()}
+
+
+@pytest.mark.slow
+def test_killed_ten_times_at_random_moments_equals_uninterrupted(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    assert start(tmp_path / "whole").wait() == 0
+    seconds = time.monotonic() - begun
+    moments, kills = random.Random(0), 0
+    for _ in range(10 * KILLS):
+        process = start(tmp_path / "killed")
+        try:
+            process.wait(timeout=moments.uniform(0.2, 0.7) * seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+        if kills == KILLS or process.returncode == 0:
+            break
+    assert kills >= 2
+    assert start(tmp_path / "killed").wait() == 0
+    print(f"killed {kills} times; an uninterrupted run took {seconds:.0f} s")
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
