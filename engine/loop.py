@@ -50,7 +50,7 @@ def fit(
         Interrupted: SIGTERM or SIGINT came; the same command resumes.
     """
     if device.is_main:
-        resume.check_identity(folder, identity)
+        resume.check_identity(folder, {**identity, "precision": device.precision})
     device.barrier()
     trainer = _Trainer(task, batches, train=train, run=run, device=device, folder=folder)
     trainer.load()

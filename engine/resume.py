@@ -17,10 +17,10 @@ from engine.config import difference
 from engine.device import fill, full_state, unwrapped, whole
 from engine.ema import Ema
 
-# Settings that may change between the start of a run and its resumption: they do not alter what was learnt so far.
+# Settings that may change between the start of a run and its resumption: told, but not refused.
 CHANGEABLE = {
     *("steps", "accumulate", "log_every", "preview_every", "checkpoint_every", "keep_last", "milestone_every"),
-    *("max_bad_steps", "workers", "max_corrupt", "sample"),
+    *("max_bad_steps", "workers", "max_corrupt", "sample", "precision"),
 }
 
 

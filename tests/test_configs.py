@@ -79,7 +79,7 @@ def test_every_choice_is_in_its_table_and_nothing_else_is(key: str, table: dict)
     assert set(dict(choices(Experiment))[key]) == set(table)
 
 
-@pytest.mark.parametrize(("key", "values"), list(choices(Experiment)), ids=lambda item: item if isinstance(item, str) else "")
+@pytest.mark.parametrize(("key", "values"), [pytest.param(*choice, id=choice[0]) for choice in choices(Experiment)])
 def test_every_choice_can_be_given_on_the_command_line(key: str, values: tuple) -> None:
     for value in values:
         experiment: object = load_experiment(["--config", str(CONFIGS[-1]), f"--{key}={value}"])

@@ -117,7 +117,8 @@ def test_intervals_do_not_widen_when_the_classes_take_turns(distance: str) -> No
     real = centres.repeat(60, 1) + 0.1 * normal(600, 10, 1)
 
     def width(rows: torch.Tensor) -> float:
-        score = frechet_distance(rows, Moments.of(real).gaussian()) if distance == "frechet" else kernel_distance(rows, real)
+        frechet = distance == "frechet"
+        score = frechet_distance(rows, Moments.of(real).gaussian()) if frechet else kernel_distance(rows, real)
         assert score.interval is not None
         return score.interval[1] - score.interval[0]
 
