@@ -105,6 +105,17 @@ def class_count(labels: np.ndarray, class_names: tuple[str, ...] = ()) -> int:
     return max(len(class_names) if labels.max() >= 0 else 0, int(labels.max()) + 1)
 
 
+def check_classes(train_set: ImageSet) -> int:
+    """The number of classes; raise ValueError if there are fewer than two."""
+    num_classes = class_count(train_set.labels, train_set.class_names)
+    if num_classes < 2:
+        raise ValueError(
+            "eval.features has 'classifier', but the training images have no labels of at least two classes; "
+            "use --eval.features=[random], or inception with its weights"
+        )
+    return num_classes
+
+
 def train_classifier(
     config: ClassifierConfig, *, train_set: ImageSet, test_set: ImageSet, run: RunConfig, device: Device
 ) -> tuple[Classifier, dict[str, Any]]:
@@ -116,12 +127,7 @@ def train_classifier(
     Raises:
         ValueError: the data set has no labels, or the stored classifier is of other data or another configuration.
     """
-    num_classes = class_count(train_set.labels, train_set.class_names)
-    if num_classes < 2:
-        raise ValueError(
-            "eval.features has 'classifier', but the training images have no labels of at least two classes; "
-            "use --eval.features=[random], or inception with its weights"
-        )
+    num_classes = check_classes(train_set)
     if config.path is not None:
         return load_classifier(Path(config.path), num_classes=num_classes, device=device)
     folder = run.folder / "eval" / "classifier"

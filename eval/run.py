@@ -12,9 +12,9 @@ from engine.config import DataConfig, RunConfig
 from engine.device import Device
 from engine.images import ImageSet
 from engine.sources import open_images
-from eval.classifier import Classifier, train_classifier
+from eval.classifier import Classifier, check_classes, train_classifier
 from eval.config import EvalConfig
-from eval.features import Extractor, open_features
+from eval.features import Extractor, inception_file, open_features
 from eval.generator_scores import (
     check_enough_real,
     ensure_samples,
@@ -118,6 +118,16 @@ def evaluate(
         print(table(records))
     device.barrier()
     return records
+
+
+def check(*, data: DataConfig, eval: EvalConfig) -> None:
+    """Raise now the ValueError that `evaluate` would raise after hours of training: too few images, labels, weights."""
+    train_set = open_images(data, "train")
+    check_enough_real(train_set, eval.num_samples)
+    if "classifier" in eval.features:
+        check_classes(train_set)
+    if "inception" in eval.features:
+        inception_file(eval.inception_weights)
 
 
 def open_extractors(subject: Subject) -> list[Extractor]:

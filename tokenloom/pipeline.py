@@ -26,6 +26,7 @@ from tokenloom.report import write_report
 def run_all(experiment: Experiment, device: Device) -> Path | None:
     """Tokenizer, codes, generators, samples, scores, report; returns the report's path on the first process."""
     begun = time.monotonic()
+    judge.check(data=experiment.data, eval=experiment.eval)
     train_tokenizer(experiment, device)
     encode(experiment, device)
     for family, _ in experiment.generators():

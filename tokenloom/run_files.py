@@ -87,7 +87,7 @@ class RunFiles:
 
     def stages(self) -> dict[str, dict[str, Any]]:
         """stages.json: seconds, processes and precision of each finished stage."""
-        return self._object("stages.json")
+        return {name: told for name, told in self._object("stages.json").items() if isinstance(told, dict)}
 
     def image_size(self) -> int:
         """Height and width in pixels; 0 if no file tells."""
