@@ -65,8 +65,9 @@ class DataConfig:
     """Column or key of the caption; none if absent."""
     size: int = 32
     """Height and width in pixels after cropping."""
-    crop: Literal["center", "random"] = "center"
-    """Training crop; scores always use the centre crop."""
+    crop: Literal["center", "random", "shift"] = "center"
+    """Training crop: the centre, a random square of 80 to 100 % of the shorter side, or the centre moved by up to a
+    sixteenth of the size with its edges repeated. Scores always use the centre."""
     flip: bool = False
     """Mirror half of the training images."""
     max_corrupt: int = 20

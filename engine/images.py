@@ -72,7 +72,7 @@ class ImageSet:
         size: int,
         split: str,
         origin: dict[str, Any],
-        crop: Literal["center", "random"] = "center",
+        crop: Literal["center", "random", "shift"] = "center",
         flip: bool = False,
         max_corrupt: int = 20,
         workers: int = 1,
@@ -86,7 +86,7 @@ class ImageSet:
         self._lock = threading.Lock()
         fits = len(self) * 3 * size * size <= CACHE_BYTES
         # The system hands out the pages of an empty array only when they are written.
-        self._cache = np.empty((len(self), 3, size, size), np.uint8) if crop == "center" and fits else None
+        self._cache = np.empty((len(self), 3, size, size), np.uint8) if crop != "random" and fits else None
         self._cached = np.zeros(len(self), bool)
 
     def __len__(self) -> int:
@@ -162,16 +162,19 @@ class ImageSet:
                 self._cache[index] = self._decoded(index, None)
                 self._cached[index] = True
             pixels = self._cache[index]
-        mirrored = self._flip and draw is not None and draw[0] >= 0.5
-        return pixels[:, :, ::-1] if mirrored else pixels
+        if draw is None:
+            return pixels
+        if self._crop == "shift":
+            pixels = shifted(pixels, *draw[2:4])
+        return pixels[:, :, ::-1] if self._flip and draw[0] >= 0.5 else pixels
 
     def _decoded(self, index: int, draw: np.ndarray | None) -> np.ndarray:
         try:
             image = decode(self._listing.read(index))
-            if draw is None or self._crop == "center":
-                image = center_crop(image, self.size)
-            else:
+            if draw is not None and self._crop == "random":
                 image = random_crop(image, self.size, *draw[1:4])
+            else:
+                image = center_crop(image, self.size)
         except MemoryError:
             raise
         except Exception as error:  # broken files make Pillow's readers raise nearly anything
@@ -194,6 +197,15 @@ class ImageSet:
         rest = f"; and {len(self._bad) - 10} more" if len(self._bad) > 10 else ""
         facts = f"{len(self._bad)} of {len(self)} images cannot be read, data.max_corrupt={self._max_corrupt}"
         return ValueError(f"{facts}: {shown}{rest}. Repair or remove these files, or raise data.max_corrupt")
+
+
+def shifted(pixels: np.ndarray, top: float, left: float) -> np.ndarray:
+    """Pixels [3, S, S] moved by up to S / 16 either way, as the draws in [0, 1) say; edges are repeated."""
+    size = pixels.shape[-1]
+    reach = size // 16
+    padded = np.pad(pixels, ((0, 0), (reach, reach), (reach, reach)), mode="edge")
+    y, x = (int(draw * (2 * reach + 1)) for draw in (top, left))
+    return padded[:, y : y + size, x : x + size]
 
 
 def _present(future: Future[dict[str, Tensor] | None]) -> Iterator[dict[str, Tensor]]:

@@ -113,11 +113,13 @@ class TokenizerConfig:
     """Weights of the losses."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Optimisation."""
-    flipped_view: bool = False
-    """Also encode every training image mirrored; a generator then draws one of the two views."""
+    views: int = 1
+    """Versions of each training image on disk, of which a generator draws one: the centre crop, then others as
+    data.crop draws them, every second one mirrored if data.flip."""
     encode_batch_size: int = 64
     """Images per step of encoding and of validation."""
 
     def __post_init__(self) -> None:
-        if self.encode_batch_size < 1:
-            raise ValueError(f"tokenizer.encode_batch_size={self.encode_batch_size} must be at least 1")
+        for key in ("views", "encode_batch_size"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"tokenizer.{key}={getattr(self, key)} must be at least 1")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
+from engine.batches import DRAWS
 from engine.config import DataConfig, RunConfig
 from engine.device import Device
 from engine.images import ImageSet
@@ -22,8 +24,8 @@ SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 def encode_images(*, run: RunConfig, data: DataConfig, tokenizer: TokenizerConfig, device: Device) -> Path:
     """Encode both splits with the run's trained tokenizer; returns the folder that holds them.
 
-    A split that is there already, from this tokenizer and these images, is left alone. The training split also holds
-    the mirrored images as a second view if `tokenizer.flipped_view`; the test split never does.
+    A split that is there already, from this tokenizer, these images and these views, is left alone. The training split
+    holds `tokenizer.views` versions of each image, the test split the centre crop alone.
 
     Raises:
         ValueError: there is no trained tokenizer, or it was trained at another image size.
@@ -34,38 +36,57 @@ def encode_images(*, run: RunConfig, data: DataConfig, tokenizer: TokenizerConfi
         raise ValueError(f"data.size={data.size}, but {trained}: use that size, or another run.name to train anew")
     for split in SPLITS:
         images, folder = open_images(data, split), run.folder / "codes" / split
-        views = ("original", "flip") if tokenizer.flipped_view and split == "train" else ("original",)
-        if not is_encoded(folder, model, images, views):
-            encode_split(model, images, folder, views=views, batch_size=tokenizer.encode_batch_size, device=device)
+        views = tokenizer.views if split == "train" else 1
+        meta = shard_meta(model, images, {"views": views, "crop": data.crop, "flip": data.flip} if views > 1 else {})
+        if not is_encoded(folder, meta):
+            size = tokenizer.encode_batch_size
+            encode_split(model, images, folder, meta, views=views, batch_size=size, device=device)
         device.barrier()
     return run.folder / "codes"
 
 
 def encode_split(
-    tokenizer: Tokenizer, images: ImageSet, folder: Path, *, views: tuple[str, ...], batch_size: int, device: Device
+    tokenizer: Tokenizer,
+    images: ImageSet,
+    folder: Path,
+    meta: dict[str, Any],
+    *,
+    views: int,
+    batch_size: int,
+    device: Device,
 ) -> None:
     """Write the codes and latents of all readable images of one split; every process encodes its share."""
     start, stop = (len(images) * rank // device.world for rank in (device.rank, device.rank + 1))
-    writer = ShardWriter(
+    names = ("original", *(f"view_{view}" for view in range(1, views)))
+    draws = [view_draws(len(images), view) for view in range(1, views)]
+    with ShardWriter(
         folder,
-        views=views,
+        views=names,
         vocab_size=tokenizer.vocab_size,
         rank=device.rank,
         world=device.world,
         barrier=device.barrier,
-    )
-    with progress(total=stop - start, title=f"encode {images.split}", unit="image", enabled=device.is_main) as bar:
-        for batch in images.in_order(batch_size, start=start, stop=stop):
-            pixels = batch["images"].to(device.device)
-            versions = [pixels.flip(-1) if view == "flip" else pixels for view in views]
-            codes, latents = zip(*(tokenizer.codes_and_latents(version) for version in versions), strict=True)
-            writer.append(labels=batch["labels"], codes=torch.stack(codes, 1), latents=torch.stack(latents, 1))
-            bar.update(len(pixels))
-    writer.close(shard_meta(tokenizer, images))
+    ) as writer:
+        with progress(total=stop - start, title=f"encode {images.split}", unit="image", enabled=device.is_main) as bar:
+            for batch in images.in_order(batch_size, start=start, stop=stop):
+                rows = batch["indices"].numpy()
+                versions = [batch["images"], *(images.load(rows, each[rows])["images"] for each in draws)]
+                pairs = [tokenizer.codes_and_latents(version.to(device.device)) for version in versions]
+                codes, latents = (torch.stack(column, 1) for column in zip(*pairs, strict=True))
+                writer.append(labels=batch["labels"], codes=codes, latents=latents)
+                bar.update(len(rows))
+        writer.close(meta)
 
 
-def shard_meta(tokenizer: Tokenizer, images: ImageSet) -> dict[str, object]:
-    """What a generator must know of its codes and latents."""
+def view_draws(num_images: int, view: int) -> np.ndarray:
+    """What draws view `view` (from 1) of each image, float64 [N, DRAWS]; odd views are the mirrored ones."""
+    draws = np.random.default_rng([view, 6]).random((num_images, DRAWS))
+    draws[:, 0] = view % 2 * 0.5
+    return draws
+
+
+def shard_meta(tokenizer: Tokenizer, images: ImageSet, augmentation: dict[str, Any]) -> dict[str, Any]:
+    """What a generator must know of its codes and latents, and what made them."""
     return {
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "grid": list(tokenizer.grid),
@@ -73,13 +94,14 @@ def shard_meta(tokenizer: Tokenizer, images: ImageSet) -> dict[str, object]:
         "latent_shape": list(tokenizer.latent_shape),
         "class_names": list(images.class_names),
         "images": images.identity(),
+        "augmentation": augmentation,
     }
 
 
-def is_encoded(folder: Path, tokenizer: Tokenizer, images: ImageSet, views: tuple[str, ...]) -> bool:
-    """Whether the folder is complete and comes from this tokenizer, these images and these views."""
+def is_encoded(folder: Path, meta: dict[str, Any]) -> bool:
+    """Whether the folder is complete and was made from what `meta` says."""
     try:
-        shards = open_shards(folder, fingerprint=tokenizer.fingerprint)
+        shards = open_shards(folder, fingerprint=meta["tokenizer_fingerprint"])
     except ValueError:
         return False
-    return shards.views == views and shards.meta["images"] == images.identity()
+    return all(shards.meta[key] == meta[key] for key in ("images", "augmentation"))

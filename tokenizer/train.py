@@ -134,7 +134,7 @@ def train_tokenizer(*, run: RunConfig, data: DataConfig, tokenizer: TokenizerCon
 def run_identity(run: RunConfig, data: DataConfig, tokenizer: TokenizerConfig, images: ImageSet) -> dict[str, Any]:
     """All that decides what is learnt, JSON-ready."""
     settings = to_dict(tokenizer)
-    for key in ("flipped_view", "encode_batch_size"):
+    for key in ("views", "encode_batch_size"):
         del settings[key]
     augmentation = {"crop": data.crop, "flip": data.flip}
     return {"seed": run.seed, "data": {**images.identity(), "augmentation": augmentation}, "tokenizer": settings}

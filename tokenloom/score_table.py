@@ -137,7 +137,7 @@ def _protocols(records: Sequence[Record]) -> str:
         own.setdefault(tuple(fact for fact in told if fact not in shared), []).append(label)
     parts = [facts(shared)]
     parts += [f"<h4>{escape(', '.join(labels))}</h4>{facts(told)}" for told, labels in own.items() if told]
-    return f'<details><summary>How this was measured</summary>{"".join(parts)}</details>'
+    return f"<details><summary>How this was measured</summary>{''.join(parts)}</details>"
 
 
 def kind_label(record: Record) -> str:

@@ -134,7 +134,7 @@ def test_load_gives_uint8_planes_and_labels():
     assert batch["images"][:, 0, 0, 0].tolist() == [30, 10] and batch["labels"].tolist() == [2, 0]
 
 
-@pytest.mark.parametrize("crop", ["center", "random"])
+@pytest.mark.parametrize("crop", ["center", "random", "shift"])
 def test_the_first_draw_mirrors_and_only_if_flip_is_set(crop):
     files = [encoded(noisy(8, 8))]
     half = np.array([[0.5, 0.0, 0.5, 0.5]])
@@ -142,6 +142,21 @@ def test_the_first_draw_mirrors_and_only_if_flip_is_set(crop):
         image_set(files, flip=flip, crop=crop).load(np.array([0]), half)["images"] for flip in (False, True)
     )
     assert torch.equal(mirrored, plain.flip(-1)) and not torch.equal(mirrored, plain)
+
+
+def test_shifting_moves_the_centre_crop_by_a_sixteenth_at_most_and_repeats_its_edges():
+    files = [encoded(noisy(32, 32))]
+    centre = image_set(files, size=32).load(np.array([0]))["images"]
+    images = image_set(files, size=32, crop="shift")
+
+    def at(top: float, left: float) -> torch.Tensor:
+        return images.load(np.array([0]), np.array([[0.0, 0.0, top, left]]))["images"]
+
+    assert torch.equal(at(0.5, 0.5), centre)
+    down_right = at(0.0, 0.0)
+    assert torch.equal(down_right[..., 2:, 2:], centre[..., :-2, :-2])
+    assert torch.equal(down_right[..., 0, 2:], centre[..., 0, :-2])
+    assert torch.equal(at(0.999, 0.5)[..., :-2, :], centre[..., 2:, :])
 
 
 def test_without_draws_the_images_are_centred_and_not_mirrored():

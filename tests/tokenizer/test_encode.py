@@ -1,6 +1,8 @@
 """Codes and latents on disk: complete, in order, with views, and not made twice."""
 
+import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from engine.device import Device, setup
 from engine.shards import open_shards
 from engine.sources import open_images
 from tokenizer.config import TokenizerConfig
-from tokenizer.encode import encode_images
+from tokenizer.encode import encode_images, view_draws
 from tokenizer.model import Tokenizer, load_tokenizer, model_card
 
 DATA = DataConfig(source="digits", size=16, workers=0)
@@ -45,30 +47,39 @@ def test_both_splits_are_encoded_in_order(run: RunConfig, device: Device) -> Non
     assert len(shards.meta["class_names"]) == 10
 
 
-def test_the_flipped_view_is_the_mirrored_image_of_training_only(run: RunConfig, device: Device) -> None:
-    config = TokenizerConfig(flipped_view=True)
-    folder = encode_images(run=run, data=DATA, tokenizer=config, device=device)
-    tokenizer, images = load_tokenizer(run.folder), open_images(DATA, "train")
+@pytest.mark.parametrize("crop", ["center", "shift", "random"])
+def test_further_views_are_drawn_as_training_draws_them_and_odd_ones_mirrored(
+    run: RunConfig, device: Device, crop: Literal["center", "shift", "random"]
+) -> None:
+    data = dataclasses.replace(DATA, crop=crop, flip=True)
+    folder = encode_images(run=run, data=data, tokenizer=TokenizerConfig(views=3), device=device)
+    tokenizer, images = load_tokenizer(run.folder), open_images(data, "train")
     shards, rows = open_shards(folder / "train"), np.arange(3)
-    flipped = shards.load(rows, np.full((3, 4), 0.9))["codes"]
-    assert torch.equal(flipped, tokenizer.encode(images.load(rows)["images"].flip(-1)))
-    assert open_shards(folder / "test").views == ("original",)
+    assert len(shards.views) == 3 and open_shards(folder / "test").views == ("original",)
+    for view in (1, 2):
+        draws = view_draws(len(images), view)[rows]
+        assert bool((draws[:, 0] >= 0.5).all()) == (view == 1)
+        stored = shards.load(rows, np.full((3, 4), view / 3 + 0.01))["codes"]
+        assert torch.equal(stored, tokenizer.encode(images.load(rows, draws)["images"]))
+    if crop == "center":
+        mirrored = shards.load(rows, np.full((3, 4), 1 / 3 + 0.01))["codes"]
+        assert torch.equal(mirrored, tokenizer.encode(images.load(rows)["images"].flip(-1)))
 
 
 def test_what_is_there_is_left_alone_and_what_is_stale_made_anew(
     run: RunConfig, tokenizer: Tokenizer, device: Device
 ) -> None:
-    def encoded(**settings: bool) -> int:
+    def encoded(**settings: int) -> int:
         folder = encode_images(run=run, data=DATA, tokenizer=TokenizerConfig(**settings), device=device)
         return (folder / "train" / "meta.json").stat().st_mtime_ns
 
     first = encoded()
     assert encoded() == first
-    other_views = encoded(flipped_view=True)
+    other_views = encoded(views=2)
     assert other_views != first
     tokenizer.latent_mean += 1
     fingerprint = save_model(run.folder / "tokenizer", tokenizer.state_dict(), model_card(tokenizer))
-    assert encoded(flipped_view=True) != other_views
+    assert encoded(views=2) != other_views
     assert open_shards(run.folder / "codes" / "test").meta["tokenizer_fingerprint"] == fingerprint
 
 
