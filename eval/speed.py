@@ -21,6 +21,7 @@ from engine.checkpoint import write_json
 from engine.config import DataConfig, RunConfig
 from engine.device import Device
 from engine.flops import forward_flops
+from engine.images import ImageSet
 from engine.shards import Shards, ShardWriter, open_shards
 from engine.sources import open_images
 from eval.bench import Bench, cut, table
@@ -69,7 +70,7 @@ def speed(
     with tempfile.TemporaryDirectory() as folder:
         shards, origin = usable_shards(run, model, images.class_names, Path(folder) / "codes")
         bench.read("code loading", shards, tokenizer.train.batch_size, data.workers, note=origin)
-        measure_tokenizer(bench, tokenizer, data)
+        measure_tokenizer(bench, tokenizer, images)
         if autoregressive:
             measure_autoregressive_step(bench, autoregressive, shards, model)
             measure_decoding(bench, autoregressive, generator_card(autoregressive, shards, model))
@@ -82,13 +83,13 @@ def speed(
     return bench.rows
 
 
-def measure_tokenizer(bench: Bench, config: TokenizerConfig, data: DataConfig) -> None:
-    """Training steps of the tokenizer on random images."""
-    model, test = Tokenizer(config.model, config.quantizer, image_size=data.size), open_images(data, "test")
+def measure_tokenizer(bench: Bench, config: TokenizerConfig, images: ImageSet) -> None:
+    """Training steps of the tokenizer on random images of the size of real ones."""
+    model, size = Tokenizer(config.model, config.quantizer, image_size=images.size), images.size
     bench.step(
-        "tokenizer step", config, RandomImages(data.size),
-        forward=forward_flops(model, torch.empty(1, 3, data.size, data.size)), tokens=math.prod(model.grid),
-        build=lambda section: TokenizerTask(model, section, test=test, device=bench.device),
+        "tokenizer step", config, RandomImages(size),
+        forward=forward_flops(model, torch.empty(1, 3, size, size)), tokens=math.prod(model.grid),
+        build=lambda section: TokenizerTask(model, section, test=images, device=bench.device),
     )  # fmt: skip
 
 

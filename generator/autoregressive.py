@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from generator.condition import check_guidance, label_rows
 from generator.config import AutoregressiveModelConfig, AutoregressiveSampleConfig
 from generator.decoding import decode, seeded_uniforms
-from generator.transformer import Block, KVCache
+from generator.transformer import Block, Dropout, KVCache
 
 
 class VIM(nn.Module):
@@ -26,7 +26,7 @@ class VIM(nn.Module):
         self.code_embedding = nn.Embedding(vocab_size, width)
         self.label_embedding = nn.Embedding(num_classes + 1, width)
         self.position_embedding = nn.Embedding(length, width)
-        self.dropout = nn.Dropout(model.dropout)
+        self.dropout = Dropout(model.dropout)
         self.blocks = nn.ModuleList(
             Block(width, heads, mlp_ratio=model.mlp_ratio, dropout=model.dropout) for _ in range(depth)
         )

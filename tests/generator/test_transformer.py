@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from generator.transformer import MLP, Attention, Block, KVCache, written_out
+from generator.transformer import MLP, Attention, Block, Dropout, KVCache, drop, written_out
 
 WIDTH, HEADS, LENGTH = 32, 4, 9
 
@@ -95,3 +95,24 @@ def test_attention_written_out_equals_the_fused_kernel(causal: bool, masked: boo
     mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril(2) if masked and not causal else None
     expected = F.scaled_dot_product_attention(query, key, value, mask, 0.0, causal)
     torch.testing.assert_close(written_out(query, key, value, mask, 0.0, causal), expected)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_zeroes_its_share_and_keeps_the_mean(rate: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.ones(999, 1001, dtype=dtype, requires_grad=True)
+    y = drop(x, rate)
+    assert set(y.unique().tolist()) == {0.0, torch.tensor(1 / (1 - rate), dtype=dtype).item()}
+    assert (y == 0).double().mean().item() == pytest.approx(rate, abs=2e-3)  # four standard deviations
+    rows = (y == 0).double().mean(1)
+    assert rows.std().item() == pytest.approx((rate * (1 - rate) / 1001) ** 0.5, rel=0.1)  # elements are independent
+    y.sum().backward()
+    assert torch.equal(x.grad == 0, y == 0)
+
+
+def test_dropout_follows_the_seed_and_rests_in_evaluation() -> None:
+    layer, x = Dropout(0.3), torch.ones(7, 5)
+    first, second = (layer(x) for _ in range(2) if torch.manual_seed(1))
+    assert torch.equal(first, second) and not torch.equal(layer(x), first)
+    assert layer.eval()(x) is x

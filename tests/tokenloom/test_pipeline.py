@@ -1,6 +1,7 @@
 """The whole street on real images, once, in seconds; then what holds of the run that it leaves."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,12 @@ def test_scores_of_another_protocol_are_not_set_side_by_side(
     with pytest.raises(SystemExit):
         main(["compare", str(mine), str(tmp_path / "other.json")])
     assert "num_real" in capsys.readouterr().err
+
+
+def test_the_readmes_python_runs_as_it_stands(run: Path) -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    names: dict = {}
+    exec(code.replace("runs/digits", str(run)), names)
+    assert names["images"].shape == (3, 3, 16, 16) and names["again"].shape == names["images"].shape
+    assert names["records"]
