@@ -18,8 +18,8 @@ def commands() -> list[list[str]]:
     """Every tokenloom command of the README and of the headers of configs/, as words after `tokenloom`."""
     headers = [path.read_text().split("run:")[0].replace("\n#", "\n") for path in (ROOT / "configs").glob("*.yaml")]
     text = "\n".join([README, *headers]).replace("\\\n", " ")
-    lines = re.findall(r"^\s*(?:\w+=\S+ )?(?:torchrun .* -m |\.venv/bin/)?tokenloom (\w+.*--config .*)$", text, flags=re.M)
-    return [shlex.split(line) for line in lines]
+    before = r"^\s*(?:\w+=\S+ )?(?:torchrun .* -m |\.venv/bin/)?"
+    return [shlex.split(line) for line in re.findall(before + r"tokenloom (\w+.*--config .*)$", text, flags=re.M)]
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)

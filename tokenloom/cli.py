@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(USAGE, end="")
         return
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait must not slow other processes
+    warnings.showwarning = _show_warning
     command, rest = words[0], words[1:]
     if command not in COMMANDS:
         _fail(f"unknown command {command!r}: `tokenloom --help` lists the commands")
@@ -54,6 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(error))
     except KeyboardInterrupt:
         _fail("interrupted", code=130)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
+    """Our own warnings speak to the user and need no line of code; others keep theirs."""
+    ours = Path(filename).parent.parent == Path(__file__).parent.parent and issubclass(category, UserWarning)
+    where = "" if ours else f"{filename}:{lineno}: {category.__name__}: "
+    print(f"tokenloom: warning: {where}{message}", file=sys.stderr)
 
 
 def _fail(message: str, *, code: int = 2) -> None:
