@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from engine.decode import center_crop, decode, random_crop
@@ -178,7 +178,8 @@ class ImageSet:
         except MemoryError:
             raise
         except Exception as error:  # broken files make Pillow's readers raise nearly anything
-            raise UnreadableImage(f"{type(error).__name__}: {error}") from error
+            told = "no image format" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
+            raise UnreadableImage(told) from error
         return np.asarray(image).transpose(2, 0, 1)
 
     def _mark_bad(self, index: int, reason: str) -> None:

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(USAGE, end="")
         return
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait must not slow other processes
-    warnings.showwarning = _show_warning
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
     command, rest = words[0], words[1:]
     if command not in COMMANDS:
         _fail(f"unknown command {command!r}: `tokenloom --help` lists the commands")

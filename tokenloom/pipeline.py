@@ -54,7 +54,7 @@ def train_tokenizer(experiment: Experiment, device: Device) -> None:
 
 def encode(experiment: Experiment, device: Device) -> None:
     """Images to codes and latents: <run>/codes."""
-    with _stage(experiment, device, "encode", "codes/test/meta.json"):
+    with _stage(experiment, device, "encode", "codes/train/meta.json"):
         encoding.encode_images(run=experiment.run, data=experiment.data, tokenizer=experiment.tokenizer, device=device)
 
 
