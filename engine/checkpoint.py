@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)  # how the two libraries tell of a full disk
 Weights = dict[str, dict[str, Tensor]]  # module name -> its state
 
 
@@ -33,8 +34,8 @@ def save_checkpoint(folder: Path, step: int, *, weights: Weights, averaged: Weig
         OSError: the disk is full or not writable; older checkpoints are untouched.
     """
     final, draft = folder / f"step-{step:08d}", folder / f".draft-step-{step:08d}"
+    clear_drafts(folder)
     try:
-        shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         save_file(_joined(weights), draft / "model.safetensors")
         if averaged:
@@ -47,10 +48,10 @@ def save_checkpoint(folder: Path, step: int, *, weights: Weights, averaged: Weig
         shutil.rmtree(final, ignore_errors=True)
         draft.rename(final)
         _sync(folder)
-    except OSError as error:
-        shutil.rmtree(draft, ignore_errors=True)
+    except WRITE_ERRORS as error:
+        clear_drafts(folder)
         message = f"checkpoint of step {step} not written to {folder}: {error}. Older checkpoints are whole"
-        raise OSError(error.errno, f"{message}; free some space and run the same command again") from error
+        raise OSError(f"{message}; free some space and run the same command again") from error
     return final
 
 
@@ -59,16 +60,24 @@ def load_checkpoint(folder: Path) -> tuple[Weights, Weights, dict[str, Any]] | N
 
     Damaged ones are passed over with a warning that says what is wrong with them.
     """
+    path = newest_whole(folder)
+    if path is None:
+        return None
+    averaged = path / "averaged.safetensors"
+    return (
+        _split(load_file(path / "model.safetensors")),
+        _split(load_file(averaged)) if averaged.exists() else {},
+        torch.load(path / "state.pt", weights_only=True),
+    )
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest undamaged checkpoint folder; a warning tells of each damaged one that is passed over."""
     for path in reversed(checkpoints(folder)):
         problem = damage(path)
         if problem is None:
-            averaged = path / "averaged.safetensors"
-            return (
-                _split(load_file(path / "model.safetensors")),
-                _split(load_file(averaged)) if averaged.exists() else {},
-                torch.load(path / "state.pt", weights_only=True),
-            )
-        warnings.warn(f"{path} is damaged ({problem}); falling back to an older checkpoint", stacklevel=2)
+            return path
+        warnings.warn(f"{path} is damaged ({problem}); falling back to an older checkpoint", stacklevel=3)
     return None
 
 
@@ -88,17 +97,30 @@ def damage(path: Path) -> str | None:
                 return f"{name} does not match its sha256"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"cannot be read: {error}"
     except (ValueError, KeyError, TypeError, AttributeError):
         return "manifest.json is not readable"
     return None
 
 
 def prune(folder: Path, *, keep_last: int, milestone_every: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints and the milestones, and drafts of killed processes."""
+    """Delete all but the newest `keep_last` checkpoints and the milestones."""
     for path in checkpoints(folder)[:-keep_last]:
         step = int(path.name.removeprefix("step-"))
         if not milestone_every or step % milestone_every:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def drop_beyond(folder: Path, step: int) -> None:
+    """Delete checkpoints of later steps: they were damaged, and must not count among the newest that are kept."""
+    for path in checkpoints(folder):
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+
+
+def clear_drafts(folder: Path) -> None:
+    """Delete what killed processes left half written."""
     for draft in folder.glob(".draft-*"):
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -111,9 +133,15 @@ def save_model(folder: Path, weights: dict[str, Tensor], card: dict[str, Any]) -
     """
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / ".draft-model.safetensors"
-    save_file({name: value.contiguous() for name, value in weights.items()}, draft)
-    digest = sha256(draft)
-    _sync(draft)
+    try:
+        save_file({name: value.contiguous() for name, value in weights.items()}, draft)
+        digest = sha256(draft)
+        _sync(draft)
+    except WRITE_ERRORS as error:
+        draft.unlink(missing_ok=True)
+        message = f"model not written to {folder}: {error}"
+        raise OSError(f"{message}; free some space and run the same command again") from error
+    (folder / "model.json").unlink(missing_ok=True)  # a kill between the two files must not leave a false pair
     draft.rename(folder / "model.safetensors")
     marking = json.dumps(card["config"], sort_keys=True) + digest
     fingerprint = hashlib.sha256(marking.encode()).hexdigest()[:16]

@@ -39,6 +39,11 @@ class RunConfig:
     tensorboard: bool = False
     """Also write TensorBoard event files (extra: track)."""
 
+    def __post_init__(self) -> None:
+        for key in ("seed", "threads"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"run.{key}={getattr(self, key)} must not be negative")
+
     @property
     def folder(self) -> Path:
         """Where everything of this run lies."""
@@ -120,8 +125,17 @@ class TrainConfig:
         for key in positive:
             if getattr(self, key) < 1:
                 raise ValueError(f"train.{key}={getattr(self, key)} must be at least 1")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"train.ema={self.ema} must lie in [0, 1); 0 switches averaging off")
+        for key in ("final_learning_rate", "warmup_steps", "decay_start", "weight_decay", "clip_norm", "preview_every",
+                    "milestone_every"):  # fmt: skip
+            if getattr(self, key) < 0:
+                raise ValueError(f"train.{key}={getattr(self, key)} must not be negative")
+        if not self.learning_rate > 0:
+            raise ValueError(f"train.learning_rate={self.learning_rate} must be above 0")
+        for key, values in (("ema", (self.ema,)), ("betas", self.betas)):
+            if not all(0 <= value < 1 for value in values):
+                raise ValueError(f"train.{key}={getattr(self, key)} must lie in [0, 1)")
+        if self.decay == "exponential" and self.final_learning_rate == 0:
+            raise ValueError("train.final_learning_rate=0.0 must be above 0 for train.decay=exponential")
 
 
 def load(schema: type[Schema], arguments: Sequence[str], *, program: str = "tokenloom") -> Schema:

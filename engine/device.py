@@ -6,6 +6,7 @@ import atexit
 import inspect
 import os
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,25 @@ SYNC_BUFFERS = next(
     if name in inspect.signature(DistributedDataParallel).parameters
 )
 
+PATIENCE = timedelta(days=2)  # the first process scores alone while the others wait
+
 
 class Device:
     """The device of this process and what it shares with the others."""
 
     def __init__(self, run: RunConfig) -> None:
         from accelerate import Accelerator
+        from accelerate.utils import InitProcessGroupKwargs
 
         if run.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("run.device=cuda, but torch finds no GPU: use run.device=auto or cpu")
-        self.accelerator = Accelerator(cpu=run.device == "cpu" or not torch.cuda.is_available())
+        patience = InitProcessGroupKwargs(timeout=PATIENCE)
+        cpu = run.device == "cpu" or not torch.cuda.is_available()
+        self.accelerator = Accelerator(cpu=cpu, kwargs_handlers=[patience])
         self.device: torch.device = self.accelerator.device
+        if run.device not in ("auto", self.device.type):
+            begun = f"this process has begun on {self.device.type}"
+            raise ValueError(f"run.device={run.device}, but {begun}: start a new one")
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
         self.parallel = run.parallel if self.world > 1 else "none"

@@ -97,6 +97,10 @@ class ImageSet:
         facts = {"split": self.split, "size": self.size, "n": len(self), "crop": "adm_center"}
         return {**self._origin, **facts, "digest": self._listing.digest}
 
+    def content(self) -> dict[str, Any]:
+        """`identity` without the path: the same images elsewhere are the same images."""
+        return {key: value for key, value in self.identity().items() if key != "path"}
+
     def load(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, Tensor]:
         """The images at `indices` [B]: {"images": uint8 [B, 3, S, S], "labels": int64 [B]}.
 
@@ -178,8 +182,8 @@ class ImageSet:
         except MemoryError:
             raise
         except Exception as error:  # broken files make Pillow's readers raise nearly anything
-            told = "no image format" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
-            raise UnreadableImage(told) from error
+            unknown = isinstance(error, UnidentifiedImageError)
+            raise UnreadableImage("no image format" if unknown else f"{type(error).__name__}: {error}") from error
         return np.asarray(image).transpose(2, 0, 1)
 
     def _mark_bad(self, index: int, reason: str) -> None:

@@ -54,6 +54,8 @@ def fit(
     device.barrier()
     trainer = _Trainer(task, batches, train=train, run=run, device=device, folder=folder)
     trainer.load()
+    if trainer.step > train.steps:
+        raise ValueError(f"{folder} has {trainer.step} steps behind it, train.steps={train.steps} is less: raise it")
     if trainer.step < train.steps:
         trainer.train_on()
     weights = {name: full_state(module) for name, module in task.modules.items()}
@@ -100,11 +102,12 @@ class _Trainer:
 
     def _one_step(self, stream: Iterator[dict[str, Tensor]]) -> None:
         totals: dict[str, Tensor] = {}
+        self.task.before_step()
         for part in self.parts:
             for key, value in self._forward_backward(next(stream), part).items():
                 totals[key] = totals.get(key, 0.0) + value.detach().float() / self.train.accumulate
         norms = self._clipped_norms()
-        metrics = {**self._reduced(totals), **norms}  # one wait for the device, here
+        metrics = {**self._reduced(totals), **norms}
         if math.isfinite(metrics["loss"]) and all(math.isfinite(metrics[key]) for key in norms):
             self._update(metrics)
         else:
@@ -149,8 +152,8 @@ class _Trainer:
             shown = ", ".join(f"{key} {metrics[key]:.3g}" for key in metrics if key == "loss" or "grad_norm" in key)
             raise RuntimeError(
                 f"{self.folder}: loss or gradient was not finite in {self.bad_steps} steps in a row, the last at step "
-                f"{self.step} ({shown}). The last checkpoint is whole. Lower train.learning_rate, lengthen "
-                "train.warmup_steps, or use --run.precision=fp32"
+                f"{self.step} ({shown}). Checkpoints are whole. Resume with --run.precision=fp32, or start anew under "
+                "another --run.name with a lower learning_rate or a longer warm-up"
             )
 
     def _reduced(self, totals: dict[str, Tensor]) -> dict[str, float]:
@@ -239,7 +242,12 @@ class _Trainer:
         raise Interrupted(128 + number)
 
     def save(self) -> None:
-        """Write a checkpoint; every process takes part, the first one writes."""
+        """Write a checkpoint: the first process alone, unless the weights must be gathered from all."""
+        if self.device.is_main or self.device.parallel == "fsdp":
+            self._save()
+        self.device.barrier()
+
+    def _save(self) -> None:
         weights, averaged, state = resume.capture(self.task.modules, self.task.optimizers, self.averages)
         progress = {"sums": self.sums, "bad_steps": self.bad_steps, "skipped": self.skipped}
         state |= {"task": self.task.state_dict(), "progress": progress}
@@ -247,11 +255,19 @@ class _Trainer:
             folder = self.folder / "checkpoints"
             checkpoint.save_checkpoint(folder, self.step, weights=weights, averaged=averaged, state=state)
             checkpoint.prune(folder, keep_last=self.train.keep_last, milestone_every=self.train.milestone_every)
-        self.device.barrier()
 
     def load(self) -> None:
         """Continue from the newest valid checkpoint, if there is one."""
-        saved = checkpoint.load_checkpoint(self.folder / "checkpoints")
+        folder = self.folder / "checkpoints"
+        saved = checkpoint.load_checkpoint(folder)
+        found = 0 if saved is None else saved[2]["step"]
+        steps = torch.tensor([found, found**2], dtype=torch.float64, device=self.device.device)
+        mean, mean_square = self.device.mean(steps).tolist()
+        if mean_square > mean**2:
+            raise RuntimeError(f"{folder}: the processes see different checkpoints; the run's folder must be shared")
+        if self.device.is_main:
+            checkpoint.drop_beyond(folder, found)
+        self.device.barrier()
         if saved is None:
             return
         resume.restore(self.task.modules, self.task.optimizers, self.averages, saved)

@@ -50,6 +50,4 @@ def _decayed(train: TrainConfig, progress: float) -> float:
         return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
     if train.decay == "linear":
         return peak + (final - peak) * progress
-    if final <= 0:
-        raise ValueError(f"train.final_learning_rate={final} must be above 0 for exponential decay")
     return peak * (final / peak) ** progress

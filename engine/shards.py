@@ -147,6 +147,10 @@ class Shards:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def identity(self) -> dict[str, Any]:
+        """What these codes are, however many processes wrote them; JSON-ready."""
+        return {key: value for key, value in self.meta.items() if key not in ("parts", "complete")}
+
     def load(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, Tensor]:
         """{"codes": int64 [B, T], "latents": float32 [B, C, h, w], "labels": int64 [B]}; codes or latents if written.
 

@@ -24,6 +24,9 @@ class Task:
         """Scalars of one part of a batch: `loss`, which is back-propagated, and whatever is worth logging."""
         raise NotImplementedError
 
+    def before_step(self) -> None:
+        """Runs before the first part of every step, also after one that was skipped."""
+
     def after_step(self, step: int, metrics: dict[str, float], rng: StepRandom) -> None:
         """Runs after each good optimizer step; `metrics` are this step's, averaged over its parts and processes."""
 

@@ -131,7 +131,7 @@ def train_classifier(
     if config.path is not None:
         return load_classifier(Path(config.path), num_classes=num_classes, device=device)
     folder = run.folder / "eval" / "classifier"
-    identity = {"classifier": to_dict(config), "data": train_set.identity()}
+    identity = {"classifier": to_dict(config), "data": train_set.content()}
     if not _is_done(folder, identity):
         _train(config, identity, folder, train_set=train_set, test_set=test_set, run=run, device=device)
     return load_classifier(folder, num_classes=num_classes, device=device)

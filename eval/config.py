@@ -26,6 +26,11 @@ class ClassifierConfig:
     """How the classifier is trained."""
 
 
+    def __post_init__(self) -> None:
+        if any(width < 8 or width % 8 for width in self.widths):
+            raise ValueError(f"eval.classifier.widths={list(self.widths)} must be multiples of 8")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
     families: tuple[str, ...] = ("pixels", "tokenizer", "autoregressive", "diffusion")
@@ -43,6 +48,8 @@ class ProbeConfig:
 
     def __post_init__(self) -> None:
         known = ("pixels", "tokenizer", "autoregressive", "diffusion")
+        if not self.families:
+            raise ValueError(f"eval.probe.families is empty; name any of {', '.join(known)}")
         unknown = [family for family in self.families if family not in known]
         if unknown:
             raise ValueError(f"eval.probe.families has {unknown[0]!r}; it takes any of {', '.join(known)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,19 @@ def merge_scores(path: Path, new: Sequence[Record]) -> list[Record]:
     records = [entry for entry in old if _key(entry) not in replaced] + list(fresh.values())
     write_json(path, records)
     return records
+
+
+def drop_stale(path: Path, models: Collection[str]) -> None:
+    """Remove from a metrics.json the records of models other than those with these fingerprints."""
+    old = read_scores(path) if Path(path).exists() else []
+    current = [entry for entry in old if _models_of(entry) <= set(models)]
+    if len(current) < len(old):
+        write_json(path, current)
+
+
+def _models_of(entry: Record) -> set[str]:
+    told = entry["protocol"].get("subject", {})
+    return {told[key] for key in ("tokenizer", "generator") if key in told}
 
 
 def compare(paths: Sequence[Path]) -> list[dict[str, Any]]:

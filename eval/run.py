@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint import write_json
+from engine.checkpoint import load_model, write_json
 from engine.config import DataConfig, RunConfig
 from engine.device import Device
 from engine.images import ImageSet
 from engine.sources import open_images
-from eval.classifier import Classifier, check_classes, train_classifier
+from eval.classifier import Classifier, check_classes, load_classifier, train_classifier
 from eval.config import EvalConfig
-from eval.features import Extractor, inception_file, open_features
+from eval.features import Extractor, open_features
 from eval.generator_scores import (
     check_enough_real,
     ensure_samples,
@@ -24,7 +24,8 @@ from eval.generator_scores import (
     score_samples,
     weights_kind,
 )
-from eval.protocol import Record, merge_scores
+from eval.protocol import Record, drop_stale, merge_scores
+from eval.reconstruction import load_lpips
 from eval.taps import (
     Representation,
     generator_representation,
@@ -32,7 +33,7 @@ from eval.taps import (
     probe_representation,
     tokenizer_representation,
 )
-from eval.tokenizer_scores import score_tokenizer
+from eval.tokenizer_scores import lpips_nets, score_tokenizer
 from generator.config import AutoregressiveConfig, DiffusionConfig
 from generator.sample import load_generator
 from tokenizer.config import TokenizerConfig
@@ -57,6 +58,11 @@ class Subject:
     def tokenizer(self) -> Tokenizer:
         """The run's tokenizer on the device."""
         return load_tokenizer(self.run.folder).to(self.device.device)
+
+    @property
+    def fingerprints(self) -> list[str]:
+        """Of all the run's models as they are now."""
+        return [load_model(self.run.folder / stage)[0]["fingerprint"] for stage in ("tokenizer", *self.families)]
 
     def generator(self, family: str) -> Any:
         """A generator of the run on the device.
@@ -111,23 +117,32 @@ def evaluate(
     folders = _samples(subject) if "fid" in parts else {}
     records: list[Record] = []
     if device.is_main:
+        path = run.folder / "eval" / "metrics.json"
+        drop_stale(path, subject.fingerprints if only else ())
         for part in parts:
             found = _score(part, subject, extractors, folders)
-            merge_scores(run.folder / "eval" / "metrics.json", found)
+            merge_scores(path, found)
             records += found
         print(table(records))
     device.barrier()
     return records
 
 
-def check(*, data: DataConfig, eval: EvalConfig) -> None:
+def check(*, data: DataConfig, eval: EvalConfig, device: Device) -> None:
     """Raise now the ValueError that `evaluate` would raise after hours of training: too few images, labels, weights."""
-    train_set = open_images(data, "train")
+    train_set, test_set = open_images(data, "train"), open_images(data, "test")
     check_enough_real(train_set, eval.num_samples)
+    if (train_set.labels >= 0).any() and not (test_set.labels >= 0).any():
+        raise ValueError("the training images have labels, the test images none: give labelled ones as data.test_path")
+    for spec in eval.features:
+        if spec != "classifier":
+            open_features(spec, inception_weights=eval.inception_weights)
     if "classifier" in eval.features:
-        check_classes(train_set)
-    if "inception" in eval.features:
-        inception_file(eval.inception_weights)
+        classes = check_classes(train_set)
+        if eval.classifier.path is not None:
+            load_classifier(Path(eval.classifier.path), num_classes=classes, device=device)
+    for net in lpips_nets(eval.lpips) if eval.lpips != "auto" else ():
+        load_lpips(net, device.device)
 
 
 def open_extractors(subject: Subject) -> list[Extractor]:

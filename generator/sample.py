@@ -195,10 +195,13 @@ def _publish(draft: Path, folder: Path, request: dict[str, Any]) -> None:
     images = np.stack([np.asarray(Image.open(_png(draft, row))) for row in shown])            # [n, H, W, 3]
     save_grid(torch.from_numpy(images).permute(0, 3, 1, 2), draft / "grid.png", columns=columns)
     write_json(draft / "samples.json", request)
-    (draft / "request.json").unlink()
+    old = folder.with_name(f".old-{folder.name}")
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        shutil.rmtree(folder)
+        folder.rename(old)
     draft.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    (folder / "request.json").unlink()
 
 
 def grid_rows(labels: Sequence[int]) -> tuple[list[int], int]:

@@ -41,7 +41,7 @@ def train_generator(
         open_shards(run.folder / "codes" / split, fingerprint=tokenizer.fingerprint) for split in ("train", "test")
     )
     folder = run.folder / family
-    identity = {"seed": run.seed, family: to_dict(config), "codes": shards.meta}
+    identity = {"seed": run.seed, family: to_dict(config), "codes": shards.identity()}
     if is_finished(folder, identity):
         return folder
     torch.manual_seed(mix(run.seed, 4))

@@ -82,7 +82,10 @@ def test_every_choice_is_in_its_table_and_nothing_else_is(key: str, table: dict)
 @pytest.mark.parametrize(("key", "values"), [pytest.param(*choice, id=choice[0]) for choice in choices(Experiment)])
 def test_every_choice_can_be_given_on_the_command_line(key: str, values: tuple) -> None:
     for value in values:
-        experiment: object = load_experiment(["--config", str(CONFIGS[-1]), f"--{key}={value}"])
+        words = [f"--{key}={value}"]
+        if value == "exponential":
+            words.append(f"--{key.removesuffix('decay')}final_learning_rate=1e-6")
+        experiment: object = load_experiment(["--config", str(CONFIGS[-1]), *words])
         for part in key.split("."):
             experiment = getattr(experiment, part)
         assert experiment == value

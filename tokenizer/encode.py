@@ -93,7 +93,7 @@ def shard_meta(tokenizer: Tokenizer, images: ImageSet, augmentation: dict[str, A
         "vocab_size": tokenizer.vocab_size,
         "latent_shape": list(tokenizer.latent_shape),
         "class_names": list(images.class_names),
-        "images": images.identity(),
+        "images": images.content(),
         "augmentation": augmentation,
     }
 

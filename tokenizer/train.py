@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.batches import Batches, StepRandom, mix
-from engine.checkpoint import checkpoints, save_model
+from engine.checkpoint import newest_whole, save_model
 from engine.config import DataConfig, RunConfig, to_dict
 from engine.device import Device
 from engine.images import ImageSet, to_float, to_uint8
@@ -41,7 +41,12 @@ class TokenizerTask(Task):
         self.optimizers = {"tokenizer": adamw(tokenizer, config.train)}
         self.quantizer, self.vocab_size = tokenizer.quantizer, tokenizer.vocab_size
         self.usage = Usage(self.vocab_size)
-        self.counts, self.vectors = torch.zeros(self.vocab_size), torch.empty(0)
+        self.before_step()
+
+    def before_step(self) -> None:
+        """Forget the codes of a step that was skipped."""
+        self.counts = torch.zeros(self.vocab_size, device=self.device.device)
+        self.vectors: list[Tensor] = []
 
     def step(self, batch: dict[str, Tensor], rng: StepRandom) -> dict[str, Tensor]:
         target = to_float(batch["images"])  # [B, 3, H, W]
@@ -49,16 +54,16 @@ class TokenizerTask(Task):
         losses |= {"l2": l2(images, target), "l1": l1(images, target)}
         weights = self.config.loss
         loss = sum(getattr(weights, name) * value for name, value in losses.items())
-        # What after_step needs; the counts add up over the parts of a batch, the vectors of the last part suffice.
-        self.counts = self.counts.to(codes.device) + torch.bincount(codes.flatten(), minlength=self.vocab_size)
-        self.vectors = stats["vectors"].flatten(0, 1)  # [N, D]
+        # What after_step needs, over all parts of the batch.
+        ones = torch.ones(codes.numel(), device=codes.device)
+        self.counts.index_add_(0, codes.flatten(), ones)  # bincount would wait for the device
+        self.vectors.append(stats["vectors"].flatten(0, 1))  # [N, D]
         quality = psnr(to_uint8(images.detach().float()), batch["images"]).mean()
         return {"loss": loss, **losses, "psnr": quality}
 
     def after_step(self, step: int, metrics: dict[str, float], rng: StepRandom) -> None:
         """Count the codes of all processes, revive those long unused, add figures of the codebook to the metrics."""
         counts = self.device.sum(self.counts)
-        self.counts = torch.zeros_like(counts)
         self.usage.update(counts)
         metrics["perplexity"] = perplexity(counts)
         metrics["usage"] = self.usage.share(-(-USAGE_IMAGES // self.config.train.batch_size))
@@ -72,7 +77,8 @@ class TokenizerTask(Task):
         dead = self.usage.expired(patience)
         if dead.any():
             codebook, optimizer = self.quantizer.codebook, self.optimizers["tokenizer"]
-            revive(codebook, dead, self.vectors, optimizer, device=self.device, generator=rng.generator)
+            vectors = torch.cat(self.vectors)  # [N, D]
+            revive(codebook, dead, vectors, optimizer, device=self.device, generator=rng.generator)
         return int(dead.sum())
 
     def validate(self) -> dict[str, float]:
@@ -117,7 +123,7 @@ def train_tokenizer(*, run: RunConfig, data: DataConfig, tokenizer: TokenizerCon
     torch.manual_seed(run.seed)
     model = Tokenizer(tokenizer.model, tokenizer.quantizer, image_size=data.size).to(device.device)
     batches = Batches(images, batch_size=tokenizer.train.batch_size, seed=run.seed, workers=data.workers)
-    if tokenizer.quantizer.kmeans_start and not checkpoints(folder / "checkpoints"):
+    if tokenizer.quantizer.kmeans_start and newest_whole(folder / "checkpoints") is None:
         start_codebook(model, batches, seed=run.seed, device=device)
     task = TokenizerTask(model, tokenizer, test=test, device=device)
     weights = fit(task, batches, train=tokenizer.train, run=run, device=device, folder=folder, identity=identity)
@@ -137,7 +143,7 @@ def run_identity(run: RunConfig, data: DataConfig, tokenizer: TokenizerConfig, i
     for key in ("views", "encode_batch_size"):
         del settings[key]
     augmentation = {"crop": data.crop, "flip": data.flip}
-    return {"seed": run.seed, "data": {**images.identity(), "augmentation": augmentation}, "tokenizer": settings}
+    return {"seed": run.seed, "data": {**images.content(), "augmentation": augmentation}, "tokenizer": settings}
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("TOKENLOOM_TRACEBACK"):
             raise
-        _fail(str(error))
+        _fail(f"{error}" if isinstance(error, ValueError) else f"{error} (TOKENLOOM_TRACEBACK=1 shows where)")
     except KeyboardInterrupt:
         _fail("interrupted", code=130)
 
@@ -78,9 +78,8 @@ class _Options:
         self.parser = argparse.ArgumentParser(prog=f"tokenloom {command}", add_help=False, allow_abbrev=False)
         self.parser.add_argument("--dry-run", action="store_true", help="tell sizes and costs, compute nothing")
 
-    def add(self, name: str, **how: object) -> _Options:
-        self.parser.add_argument(name, **how)  # type: ignore[arg-type]
-        return self
+    def add(self, *names: str, **how: object) -> None:
+        self.parser.add_argument(*names, **how)  # type: ignore[arg-type]
 
     def read(self, words: Sequence[str]) -> tuple[argparse.Namespace, Experiment]:
         from tokenloom.experiment import load_experiment
@@ -101,7 +100,8 @@ def _staged(command: str, stage: Callable[[Experiment, Device, argparse.Namespac
     def execute(words: Sequence[str]) -> None:
         reader = _Options(command)
         for name, how in options.items():
-            reader.add(f"--{name}", **how)
+            names = [f"--{name}", "--count"] if name == "num" else [f"--{name}"]  # torchrun takes --num for its own
+            reader.add(*names, **how)
         own, experiment = reader.read(words)
         if own.dry_run:
             from tokenloom.dry_run import dry_run

@@ -1,4 +1,4 @@
-"""All stages of one YAML in order. Every stage skips what is done and resumes what was interrupted."""
+"""All stages of one YAML in order. Every stage skips what is done; training and sampling go on where they stopped."""
 
 from __future__ import annotations
 
@@ -9,16 +9,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import eval.run as judge
+from engine.batches import part_rows
 from engine.checkpoint import write_atomic, write_json
 from engine.config import to_dict, to_yaml
 from engine.device import Device
 from engine.log import clock
+from engine.sources import open_images
 from eval.protocol import Record
 from generator import sample as sampling
 from generator import train as generating
+from generator.condition import check_guidance
 from tokenizer import encode as encoding
 from tokenizer import train as tokenizing
+from tokenloom.dry_run import ASSUMED_CLASSES, build_stages
 from tokenloom.experiment import Experiment
 from tokenloom.report import write_report
 
@@ -26,7 +32,7 @@ from tokenloom.report import write_report
 def run_all(experiment: Experiment, device: Device) -> Path | None:
     """Tokenizer, codes, generators, samples, scores, report; returns the report's path on the first process."""
     begun = time.monotonic()
-    judge.check(data=experiment.data, eval=experiment.eval)
+    check(experiment, device)
     train_tokenizer(experiment, device)
     encode(experiment, device)
     for family, _ in experiment.generators():
@@ -44,6 +50,19 @@ def run_all(experiment: Experiment, device: Device) -> Path | None:
     return report
 
 
+def check(experiment: Experiment, device: Device) -> None:
+    """Raise now the ValueError that a later stage would raise after hours of training."""
+    with torch.device("meta"):
+        for stage in build_stages(experiment, ASSUMED_CLASSES):
+            part_rows(stage.train.batch_size, 0, device.world * stage.train.accumulate)
+    classes = len(open_images(experiment.data, "train").class_names)
+    for family, config in experiment.generators():
+        dropout = config.model.label_dropout
+        known = 0 if dropout == 1 else classes
+        check_guidance(family, config.sample.guidance, num_classes=known, label_dropout=dropout)
+    judge.check(data=experiment.data, eval=experiment.eval, device=device)
+
+
 def train_tokenizer(experiment: Experiment, device: Device) -> None:
     """Stage 1: <run>/tokenizer."""
     with _stage(experiment, device, "tokenizer", "tokenizer/model.json"):
@@ -54,7 +73,7 @@ def train_tokenizer(experiment: Experiment, device: Device) -> None:
 
 def encode(experiment: Experiment, device: Device) -> None:
     """Images to codes and latents: <run>/codes."""
-    with _stage(experiment, device, "encode", "codes/train/meta.json"):
+    with _stage(experiment, device, "encode", "codes/train/meta.json", "codes/test/meta.json"):
         encoding.encode_images(run=experiment.run, data=experiment.data, tokenizer=experiment.tokenizer, device=device)
 
 
@@ -78,13 +97,16 @@ def draw_samples(experiment: Experiment, device: Device, family: str) -> None:
 
 def evaluate(experiment: Experiment, device: Device, *, only: str | None = None) -> list[Record]:
     """All scores: <run>/eval/metrics.json."""
+    scored = experiment.run.folder / "eval" / "scored.json"
+    if device.is_main:
+        scored.unlink(missing_ok=True)
     with _stage(experiment, device, "eval", "eval/metrics.json"):
         records = judge.evaluate(
             run=experiment.run, data=experiment.data, tokenizer=experiment.tokenizer, eval=experiment.eval,
             autoregressive=experiment.autoregressive, diffusion=experiment.diffusion, device=device, only=only,
         )  # fmt: skip
     if device.is_main and only is None:
-        write_json(experiment.run.folder / "eval" / "scored.json", _scored_as(experiment))
+        write_json(scored, _scored_as(experiment))
     return records
 
 
@@ -100,17 +122,17 @@ def _scored_as(experiment: Experiment) -> dict[str, Any]:
 
 
 @contextmanager
-def _stage(experiment: Experiment, device: Device, name: str, result: str) -> Iterator[None]:
+def _stage(experiment: Experiment, device: Device, name: str, *results: str) -> Iterator[None]:
     """Announces a stage, and keeps its time and the configuration once it has ended well.
 
     stages.json holds the seconds of the invocation that finished each stage; an older one's are not added.
     """
     folder, begun = experiment.run.folder, time.monotonic()
-    before = _changed_at(folder / result)
+    before = [_changed_at(folder / result) for result in results]
     yield
     if not device.is_main:
         return
-    if _changed_at(folder / result) == before:
+    if [_changed_at(folder / result) for result in results] == before:
         print(f"{name}: done before, nothing to do")
         return
     seconds = time.monotonic() - begun

@@ -1,5 +1,8 @@
-import errno
+import contextlib
 import json
+import resource
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -55,21 +58,52 @@ def test_a_draft_of_a_killed_process_is_never_loaded_and_cleared_away(tmp_path: 
     (tmp_path / ".draft-step-00000010").mkdir()
     loaded = load_checkpoint(tmp_path)
     assert loaded is not None and loaded[2]["step"] == 5
+    save(tmp_path, 15)
     prune(tmp_path, keep_last=2, milestone_every=0)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000005", "step-00000015"]
 
 
-def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextlib.contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes, as on a full disk."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("size", [10, 100, 400, 700])  # in the middle of the weights, of the state, of the manifest
+def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path, size: int) -> None:
     save(tmp_path, 5)
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(OSError, match=r"step 10 not written .*No space left.*Older checkpoints are whole"):
+    with room_for(size), pytest.raises(OSError, match=r"step 10 not written .*Older checkpoints are whole.*free some"):
         save(tmp_path, 10)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
     assert load_checkpoint(tmp_path) is not None
+
+
+def test_a_full_disk_leaves_no_half_model(tmp_path: Path) -> None:
+    save_model(tmp_path, {"a": torch.ones(3)}, {"config": {}})
+    with room_for(50), pytest.raises(OSError, match="model not written"):
+        save_model(tmp_path, {"a": torch.zeros(300)}, {"config": {}})
+    assert torch.equal(load_model(tmp_path)[1]["a"], torch.ones(3))
+
+
+def test_a_kill_between_the_two_files_of_a_model_leaves_it_unfinished_not_false(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(tmp_path, {"a": torch.ones(3)}, {"config": {}})
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(tmp_path, {"a": torch.zeros(3)}, {"config": {}})
+    with pytest.raises(ValueError, match="has not been trained to its end"):
+        load_model(tmp_path)
 
 
 def test_nothing_is_loaded_that_could_run_code(tmp_path: Path) -> None:

@@ -84,6 +84,22 @@ def test_a_finished_run_returns_at_once_and_a_longer_one_goes_on(tmp_path: Path)
     assert task.seen == 4
 
 
+def test_fewer_steps_than_were_trained_are_refused(tmp_path: Path) -> None:
+    train_toy(tmp_path, steps=8)
+    with pytest.raises(ValueError, match=r"has 8 steps behind it, train\.steps=4"):
+        train_toy(tmp_path, steps=4)
+
+
+def test_checkpoints_after_a_fall_back_are_kept_although_damaged_ones_had_higher_steps(tmp_path: Path) -> None:
+    train_toy(tmp_path, steps=40)
+    for path in checkpoints(tmp_path / "checkpoints")[-1:]:
+        (path / "model.safetensors").unlink()
+    with pytest.warns(UserWarning, match="is damaged"):
+        _, task = train_toy(tmp_path, steps=37)
+    assert task.seen == 2
+    assert [int(p.name[5:]) for p in checkpoints(tmp_path / "checkpoints")] == [35, 37]
+
+
 def test_a_changed_configuration_is_refused_with_a_readable_diff(tmp_path: Path) -> None:
     train_toy(tmp_path, steps=8)
     with pytest.raises(ValueError, match=r"train\.learning_rate: 0\.001 -> 0\.01"):
@@ -104,7 +120,7 @@ def test_a_bad_step_changes_nothing_and_is_counted(tmp_path: Path) -> None:
 
 
 def test_several_bad_steps_in_a_row_stop_the_run_with_advice(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"not finite in 3 steps in a row.*Lower train\.learning_rate"):
+    with pytest.raises(RuntimeError, match=r"not finite in 3 steps in a row.*--run\.name with a lower learning_rate"):
         train_toy(tmp_path, steps=40, bad_steps=range(20, 30))
     assert checkpoints(tmp_path / "checkpoints")[-1].name == "step-00000021"
 

@@ -45,7 +45,7 @@ def test_the_exponential_law_is_the_one_published_for_vim() -> None:
 
 def test_exponential_decay_to_zero_is_refused() -> None:
     with pytest.raises(ValueError, match="final_learning_rate"):
-        learning_rate(50, TrainConfig(steps=100, decay="exponential"))
+        TrainConfig(steps=100, decay="exponential")
 
 
 def test_groups_keep_their_own_peak() -> None:

@@ -66,6 +66,7 @@ def test_unused_codes_are_revived_and_counted(tokenizer: Tokenizer, squares: Ima
     before = tokenizer.quantizer.codebook.detach().clone()
     batches, shown = Batches(squares, batch_size=8, seed=0), []
     for step in range(2):
+        task.before_step()
         task.step(batches.batch(step), StepRandom(0, step, 8))
         metrics: dict[str, float] = {}
         task.after_step(step, metrics, StepRandom(0, step, 8))
@@ -73,7 +74,9 @@ def test_unused_codes_are_revived_and_counted(tokenizer: Tokenizer, squares: Ima
     changed = (tokenizer.quantizer.codebook != before).any(dim=1)
     assert shown[0]["revived"] == 0 < shown[1]["revived"] == changed.sum()
     assert shown[1]["usage"] == pytest.approx(1 - shown[1]["revived"] / 32)
-    assert 1 <= shown[0]["perplexity"] <= 32 and not task.counts.any()
+    assert 1 <= shown[0]["perplexity"] <= 32
+    task.before_step()
+    assert not task.counts.any() and not task.vectors
 
 
 def test_accumulated_parts_count_like_one_batch(tokenizer: Tokenizer, squares: ImageSet, device: Device) -> None:

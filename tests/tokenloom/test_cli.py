@@ -1,6 +1,5 @@
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,9 +20,7 @@ def test_help_lists_every_command_and_loads_nothing_heavy() -> None:
     for command in COMMANDS:
         assert f"\n  {command} " in USAGE
     program = "import sys; from tokenloom.cli import main; main(['--help']); assert 'torch' not in sys.modules"
-    begun = time.monotonic()
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
-    assert time.monotonic() - begun < 30  # the second that is promised is measured by hand: this machine may be busy
 
 
 def test_a_commands_help_lists_its_options_and_every_key(capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,6 +46,13 @@ def test_a_commands_help_lists_its_options_and_every_key(capsys: pytest.CaptureF
         (["run", "--config", SMOKE, "--data.source=folder", "--data.path=nowhere"], "nowhere"),
         (["run", "--config", SMOKE, "--eval.num_samples=5000"], "set --eval.num_samples="),
         (["run", "--config", SMOKE, "--eval.features=[inception]", "--eval.inception_weights=no.pth"], "no.pth"),
+        (["run", "--config", SMOKE, "--autoregressive.train.accumulate=3"], "batch_size=32 must be a multiple"),
+        (["run", "--config", SMOKE, "--diffusion.model.patch_size=3"], "patch"),
+        (["run", "--config", SMOKE, "--diffusion.model.label_dropout=0"], "diffusion.sample.guidance=1.5"),
+        (["run", "--config", SMOKE, "--eval.lpips=vgg"], "vgg16"),
+        (["run", "--config", SMOKE, "--eval.features=[foo]"], "foo"),
+        (["run", "--config", SMOKE, "--tokenizer.train.clip_norm=-1"], "train.clip_norm=-1.0 must not be negative"),
+        (["run", "--config", SMOKE, "--diffusion.train.learning_rate=0"], "train.learning_rate=0.0 must be above 0"),
         (["compare", "nowhere.json", "nowhere.json"], "nowhere.json"),
     ],
 )
@@ -59,6 +63,7 @@ def test_a_mistake_ends_with_one_clear_message(
     told = fails(words, capsys)
     assert message in told
     assert "Traceback" not in told
+    assert not (tmp_path / "runs").exists()  # told before anything was trained
 
 
 def test_a_stage_before_its_time_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

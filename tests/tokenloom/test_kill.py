@@ -29,23 +29,28 @@ def weights(root: Path) -> dict[str, str]:
     return {stage: hashlib.sha256(path.read_bytes()).hexdigest() for stage, path in files.items()}
 
 
+def survives(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Kill the process after so many seconds; true if it had ended by itself before."""
+    try:
+        return process.wait(timeout=seconds) == 0
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return False
+
+
 @pytest.mark.slow
 def test_killed_ten_times_at_random_moments_equals_uninterrupted(tmp_path: Path) -> None:
     begun = time.monotonic()
     assert start(tmp_path / "whole").wait() == 0
-    seconds = time.monotonic() - begun
-    moments, kills = random.Random(0), 0
-    for _ in range(10 * KILLS):
-        process = start(tmp_path / "killed")
-        try:
-            process.wait(timeout=moments.uniform(0.2, 0.7) * seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    seconds, expected = time.monotonic() - begun, weights(tmp_path / "whole")
+    moments, kills, runs = random.Random(0), 0, 0
+    while kills < KILLS:
+        root = tmp_path / f"killed-{runs}"
+        if not survives(start(root), moments.uniform(0.2, 0.7) * seconds):
             kills += 1
-        if kills == KILLS or process.returncode == 0:
-            break
-    assert kills >= 2
-    assert start(tmp_path / "killed").wait() == 0
-    print(f"killed {kills} times; an uninterrupted run took {seconds:.0f} s")
-    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+        if (root / "smoke" / "report.html").exists() or kills == KILLS:
+            assert start(root).wait() == 0
+            assert weights(root) == expected
+            runs += 1
+    print(f"killed {kills} times in {runs} runs; an uninterrupted run took {seconds:.0f} s")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,24 @@ def test_scoring_from_python_gives_the_same_numbers(run: Path) -> None:
     before = {(r["subject"], r["name"]): r["value"] for r in json.loads((run / "eval" / "metrics.json").read_text())}
     for entry in tokenloom.score(run, only="reconstruction"):
         assert entry["value"] == pytest.approx(before[entry["subject"], entry["name"]])
+
+
+def test_scores_of_a_part_or_of_older_models_do_not_pass_for_the_whole(run: Path, tmp_path: Path) -> None:
+    """After a partial evaluation the next run scores again; records of models that are gone are dropped."""
+    copy = tmp_path / "smoke"
+    shutil.copytree(run, copy)
+    place = ("--run.root", str(tmp_path))
+    metrics = copy / "eval" / "metrics.json"
+    records = json.loads(metrics.read_text())
+    for entry in records:
+        if entry["subject"] == "diffusion":
+            entry["protocol"]["subject"]["generator"] = "gone"
+    metrics.write_text(json.dumps(records))
+    command(copy, "eval", "--only", "reconstruction", *place)
+    assert "diffusion" not in {entry["subject"] for entry in json.loads(metrics.read_text())}
+    assert not (copy / "eval" / "scored.json").exists()
+    command(copy, "run", *place)
+    assert "diffusion" in {entry["subject"] for entry in json.loads(metrics.read_text())}
 
 
 def test_an_exported_folder_samples_the_same_images(run: Path, tmp_path: Path) -> None:

@@ -29,3 +29,17 @@ def test_two_processes_train_to_the_weights_of_one(tmp_path: Path, parallel: str
         assert one.keys() == two.keys()
         assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-4, stage
     assert (tmp_path / "two" / "smoke" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_samples_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+    execute(tmp_path)
+    words = ["sample", "--config", str(tmp_path / "smoke" / "config.yaml"), "--count", "70", "--run.threads=1"]
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for name, launcher in (("one", []), ("two", two)):
+        command = [sys.executable, *launcher, "-m", "tokenloom", *words, "--out", str(tmp_path / name)]
+        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for family in ("autoregressive", "diffusion"):
+        for index in range(70):
+            first, second = (tmp_path / name / family / f"{index:06d}.png" for name in ("one", "two"))
+            assert first.read_bytes() == second.read_bytes()
