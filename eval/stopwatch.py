@@ -42,6 +42,9 @@ class Stopwatch(Task):
         self.modules, self.optimizers, self.averaged = task.modules, task.optimizers, task.averaged
         self.ends: list[float] = []
 
+    def before_step(self) -> None:
+        self.task.before_step()
+
     def step(self, batch: dict[str, Tensor], rng: StepRandom) -> dict[str, Tensor]:
         return self.task.step(batch, rng)
 
