@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.attention import attention, drop
+
 
 class KVCache:
     """Keys and values of one attention layer at every position seen so far, in buffers of fixed size.
@@ -66,22 +68,8 @@ class Attention(nn.Module):
             key, value = cache.update(key, value, position)                       # [B, H, L, d] each
             mask, causal = cache.seen_from(position), False                       # [T, L]
         dropout = self.dropout if self.training else 0.0
-        # The fused kernel's backward pass in bf16 on a CPU is several times slower than plain matrix products.
-        mix = written_out if query.dtype == torch.bfloat16 and query.is_cpu else F.scaled_dot_product_attention
-        mixed = mix(query, key, value, mask, dropout, causal)                     # [B, H, T, d]
+        mixed = attention(query, key, value, mask=mask, dropout=dropout, causal=causal)  # [B, H, T, d]
         return self.out(mixed.transpose(1, 2).flatten(2))                         # [B, T, D]
-
-
-def written_out(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool
-) -> Tensor:
-    """`scaled_dot_product_attention` as matrix products: [B, H, T, d], [B, H, L, d] twice to [B, H, T, d]."""
-    scores = query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)              # [B, H, T, L]
-    if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return drop(scores.softmax(-1), dropout) @ value
 
 
 class Dropout(nn.Module):
@@ -93,17 +81,6 @@ class Dropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return drop(x, self.rate) if self.training else x
-
-
-def drop(x: Tensor, rate: float) -> Tensor:
-    """Dropout of a tensor. torch's own draws one number after the other on a CPU, where it takes half of a training
-    step; there, sixteen bits for each element are cut from 64-bit numbers instead (so `rate` is exact to 2^-16).
-    """
-    if rate == 0 or not x.is_cpu:
-        return F.dropout(x, rate)
-    numbers = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    kept = numbers.view(torch.int16)[: x.numel()].view(x.shape) >= round(rate * 2**16) - 2**15
-    return x * kept.to(x.dtype).mul_(1 / (1 - rate))
 
 
 class MLP(nn.Module):

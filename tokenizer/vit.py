@@ -7,9 +7,11 @@ tanh between and emits raw pixels without a final activation.
 from __future__ import annotations
 
 import torch
+from timm.models import vision_transformer
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from engine.attention import attention
 from tokenizer.config import TowerConfig
 
 
@@ -34,7 +36,9 @@ class Encoder(nn.Module):
     def hidden(self, images: Tensor, depth: int) -> Tensor:
         """The residual stream after the first `depth` blocks, [B, T, width]."""
         hidden = self.embed(patchify(images, self.patch_size)) + self.positions  # [B, T, width]
-        return run_blocks(self.blocks[:depth], hidden)
+        for block in self.blocks[:depth]:
+            hidden = block(hidden)
+        return hidden
 
 
 class Decoder(nn.Module):
@@ -54,7 +58,9 @@ class Decoder(nn.Module):
 
     def forward(self, vectors: Tensor) -> Tensor:
         """[B, T, code_dim] -> float [B, 3, H, W]."""
-        hidden = run_blocks(self.blocks, self.embed(vectors) + self.positions)  # [B, T, width]
+        hidden = self.embed(vectors) + self.positions  # [B, T, width]
+        for block in self.blocks:
+            hidden = block(hidden)
         return unpatchify(self.head(self.norm(hidden)), self.grid, self.patch_size)  # [B, 3, H, W]
 
 
@@ -63,23 +69,23 @@ def positions(grid: tuple[int, int], width: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(1, grid[0] * grid[1], width) * 0.02)
 
 
+class Attention(vision_transformer.Attention):
+    """timm's attention, computed by the engine's."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """[B, T, width] -> alike."""
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, T, d]
+        mixed = attention(query, key, value, mask=attn_mask, causal=is_causal)
+        return self.proj(mixed.transpose(1, 2).flatten(2))  # [B, T, width]
+
+
 def blocks(tower: TowerConfig) -> nn.ModuleList:
     """timm's pre-norm transformer blocks, with GELU in the MLP."""
     ratio = tower.mlp / tower.width
-    return nn.ModuleList(Block(tower.width, tower.heads, ratio, qkv_bias=True) for _ in range(tower.blocks))
-
-
-def run_blocks(blocks: nn.ModuleList, hidden: Tensor) -> Tensor:
-    """Apply the blocks in turn, [B, T, width] -> alike, with `scaled_dot_product_attention`.
-
-    In bf16 on a CPU attention is written out instead: there the fused kernel's backward pass is ten times slower than
-    plain matrix products at 16 tokens, and not faster at 1024.
-    """
-    fused = not (hidden.device.type == "cpu" and torch.is_autocast_enabled("cpu"))
-    for block in blocks:
-        block.attn.fused_attn = fused  # type: ignore[union-attr]
-        hidden = block(hidden)
-    return hidden
+    stack = nn.ModuleList(Block(tower.width, tower.heads, ratio, qkv_bias=True) for _ in range(tower.blocks))
+    for block in stack:
+        block.attn = Attention(tower.width, tower.heads, qkv_bias=True)
+    return stack
 
 
 def initialise(tower: nn.Module) -> None:

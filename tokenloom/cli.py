@@ -106,7 +106,9 @@ def _staged(command: str, stage: Callable[[Experiment, Device, argparse.Namespac
         if own.dry_run:
             from tokenloom.dry_run import dry_run
 
-            print(dry_run(experiment))
+            told = dry_run(experiment)
+            if os.environ.get("RANK", "0") == "0":
+                print(told)
             return
         from engine.device import setup
 
