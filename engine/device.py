@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import inspect
 import os
 from contextlib import AbstractContextManager
@@ -163,8 +164,11 @@ def fill(target: Tensor, value: Tensor) -> None:
 
 
 def _leave_group() -> None:
+    """Sharded modules hold communicators, whose threads must have ended before the interpreter does."""
     if torch.distributed.is_initialized():
+        gc.collect()
         torch.distributed.destroy_process_group()
+        gc.collect()
 
 
 def _shard(module: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> nn.Module:

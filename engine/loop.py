@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from engine.config import RunConfig, TrainConfig
 from engine.device import Device, full_state
 from engine.ema import Ema
 from engine.optim import set_learning_rate
-from engine.signals import Interrupted, caught_signals
+from engine.signals import agreed, caught_signals, leave
 from engine.task import Task
 
 
@@ -90,11 +89,11 @@ class _Trainer:
             while self.step < self.train.steps:
                 self._one_step(stream)
                 self._report(metrics, bar)
-                stop = self._agreed(caught)
+                stop = agreed(caught, self.device)
                 if stop or self._due(self.train.checkpoint_every):
                     self.save()
                 if stop:
-                    self._leave(stop)
+                    leave(stop, f"{self.folder}: step {self.step} of {self.train.steps}", speak=self.device.is_main)
         if metrics is not None:
             metrics.close()
 
@@ -224,22 +223,7 @@ class _Trainer:
         for module in self.task.modules.values():
             module.train(training)
 
-    # Stopping and resuming
-
-    def _agreed(self, caught: list[int]) -> int:
-        """The signal that any process received, or 0."""
-        number = caught[-1] if caught else 0
-        if self.device.world == 1:
-            return number
-        flag = torch.tensor(number, device=self.device.device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return int(flag)
-
-    def _leave(self, number: int) -> None:
-        if self.device.is_main:
-            where = f"{self.folder}: stopped by {signal.Signals(number).name} at step {self.step} of {self.train.steps}"
-            print(f"\n{where}; a checkpoint is written, the same command resumes", file=sys.stderr, flush=True)
-        raise Interrupted(128 + number)
+    # Saving and resuming
 
     def save(self) -> None:
         """Write a checkpoint: the first process alone, unless the weights must be gathered from all."""

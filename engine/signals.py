@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
+
+import torch
+
+from engine.device import Device
 
 
 class Interrupted(SystemExit):
@@ -28,3 +33,21 @@ def caught_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def agreed(caught: list[int], device: Device) -> int:
+    """The signal that any process received, or 0; all processes must ask."""
+    number = caught[-1] if caught else 0
+    if device.world == 1:
+        return number
+    flag = torch.tensor(number, device=device.device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return int(flag)
+
+
+def leave(number: int, where: str, *, speak: bool) -> NoReturn:
+    """End the process as the signal asked, after a checkpoint was written."""
+    if speak:
+        told = f"{where}: stopped by {signal.Signals(number).name}; a checkpoint is written, the same command resumes"
+        print(f"\n{told}", file=sys.stderr, flush=True)
+    raise Interrupted(128 + number)
