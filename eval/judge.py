@@ -18,7 +18,7 @@ from engine.log import progress
 from eval.distances import frechet_distance, inception_score, kernel_distance, precision_recall
 from eval.features import Extractor, score_name
 from eval.protocol import Record, protocol, record
-from eval.statistics import Gaussian, Moments, proportion
+from eval.statistics import GROUPS, Gaussian, Moments, proportion
 
 PAIRWISE_IMAGES = 10_000  # kernel distance, precision and recall compare all pairs of at most so many images per side
 
@@ -115,8 +115,11 @@ def sample_scores(
 def reconstruction_distances(
     reconstructed: Judged, originals: Judged, extractors: Sequence[Extractor], *, facts: Mapping[str, Any]
 ) -> list[Record]:
-    """rfid or rfd_<features>: reconstructions against the very images that they reconstruct."""
-    records = []
+    """rfid or rfd_<features>: reconstructions against the very images that they reconstruct; needs twenty of them."""
+    records: list[Record] = []
+    if reconstructed.n < 2 * GROUPS:
+        print(f"rfd left out: {reconstructed.n} test images are too few, it takes {2 * GROUPS}")
+        return records
     for extractor in extractors:
         name, theirs = score_name("rfd", extractor.name), gaussian(originals.outputs[extractor.name])
         estimate = frechet_distance(reconstructed.outputs[extractor.name].features, theirs)

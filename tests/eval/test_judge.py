@@ -5,7 +5,7 @@ from PIL import Image
 
 from eval.classifier import Classifier
 from eval.features import open_features
-from eval.judge import class_accuracy, draw_indices, exact_products, judge, png_batches
+from eval.judge import class_accuracy, draw_indices, exact_products, judge, png_batches, reconstruction_distances
 
 CPU = torch.device("cpu")
 
@@ -67,3 +67,12 @@ def test_png_files_come_back_as_they_were_written(tmp_path) -> None:
         list(png_batches(tmp_path, 5, size=32, batch_size=2))
     with pytest.raises(ValueError, match=r"000005\.png: not a readable image"):
         list(png_batches(tmp_path, 6, size=16, batch_size=2))
+
+
+def test_too_few_reconstructions_have_no_distance_and_say_so(capsys: pytest.CaptureFixture[str]) -> None:
+    extractors = [open_features("random")]
+    few, enough = (judge(extractors, [images(n)], device=CPU) for n in (19, 20))
+    assert reconstruction_distances(few, few, extractors, facts={}) == []
+    assert "19 test images are too few, it takes 20" in capsys.readouterr().out
+    (entry,) = reconstruction_distances(enough, enough, extractors, facts={})
+    assert entry["name"] == "rfd_random" and entry["value"] == pytest.approx(0, abs=1e-6)
