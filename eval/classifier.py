@@ -18,6 +18,7 @@ from engine.device import Device
 from engine.images import ImageSet, to_float
 from engine.loop import Task, fit
 from engine.optim import adamw
+from engine.resume import is_finished
 from eval.config import ClassifierConfig
 from eval.statistics import Estimate, proportion
 
@@ -132,7 +133,7 @@ def train_classifier(
         return load_classifier(Path(config.path), num_classes=num_classes, device=device)
     folder = run.folder / "eval" / "classifier"
     identity = {"classifier": to_dict(config), "data": train_set.content()}
-    if not _is_done(folder, identity):
+    if not is_finished(folder, identity):
         _train(config, identity, folder, train_set=train_set, test_set=test_set, run=run, device=device)
     return load_classifier(folder, num_classes=num_classes, device=device)
 
@@ -147,7 +148,7 @@ def load_classifier(folder: Path, *, num_classes: int, device: Device) -> tuple[
     if card.get("kind") != "classifier" or card["num_classes"] != num_classes:
         found = f"a {card.get('kind')!r} of {card.get('num_classes')} classes"
         raise ValueError(f"eval.classifier: {folder} holds {found}; the data set needs one of {num_classes} classes")
-    network = Classifier(tuple(card["config"]["classifier"]["widths"]), num_classes)
+    network = Classifier(tuple(card["config"]["widths"]), num_classes)
     network.load_state_dict(weights)
     return network.eval().requires_grad_(False).to(device.device), card
 
@@ -185,18 +186,12 @@ def _train(
         score = accuracy(network.eval(), test_set, batch_size=256, device=torch.device("cpu"))
         low, high = score.interval or (score.value, score.value)
         print(f"classifier: {score.value:.2%} of the test images right ({low:.2%} to {high:.2%})")
-        card = {"kind": "classifier", "config": identity, "num_classes": num_classes, "accuracy": score.value}
-        save_model(folder, weights["classifier"], {**card, "accuracy_interval": score.interval})
+        card = {"kind": "classifier", "config": identity["classifier"], "identity": identity}
+        measured = {"num_classes": num_classes, "accuracy": score.value, "accuracy_interval": score.interval}
+        save_model(folder, weights["classifier"], {**card, **measured})
     device.barrier()
 
 
 def _judge_run(run: RunConfig, config: ClassifierConfig) -> RunConfig:
     """The judge's seed is its own, so that runs with different seeds are scored by the same network."""
     return replace(run, seed=config.seed, tensorboard=False)
-
-
-def _is_done(folder: Path, identity: dict[str, Any]) -> bool:
-    if not (folder / "model.json").exists():
-        return False
-    card, _ = load_model(folder)
-    return bool(card["config"] == identity)
