@@ -1,4 +1,4 @@
-"""VIM: a causal transformer over image codes (ViT-VQGAN, Yu et al., 2022, section 4), and the generator around it."""
+"""VIM: a causal transformer over image codes (ViT-VQGAN, Yu et al., 2022; second-hand), and the generator around it."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class Autoregressive(nn.Module):
     def features(self, codes: Tensor, tap: str) -> Tensor:
         """The residual stream after block n (`tap` = "block_<n>", from 1), averaged over the sequence: [B, D].
 
-        The codes [B, T] are teacher-forced behind the null label, so that no class leaks (ViT-VQGAN, section 4.3).
+        The codes [B, T] are teacher-forced behind the null label, so that no class leaks (ViT-VQGAN; second-hand).
         """
         if tap not in self.taps:
             raise ValueError(f"tap={tap!r} must be one of {', '.join(self.taps)}")

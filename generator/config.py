@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from engine.config import TrainConfig
 
-# name: depth, width, heads. The VIM sizes are those of ViT-VQGAN (Yu et al., 2022), table 2.
+# name: depth, width, heads. The VIM sizes are those of ViT-VQGAN (Yu et al., 2022; second-hand).
 AUTOREGRESSIVE_PRESETS: dict[str, tuple[int, int, int]] = {
     "tiny":      (4, 128, 4),
     "mini":      (6, 256, 4),

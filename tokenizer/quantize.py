@@ -1,4 +1,4 @@
-"""The codebook of ViT-VQGAN: low-dimensional, l2-normalised, nearest code by cosine (arXiv 2110.04627, section 3.2)."""
+"""The codebook of ViT-VQGAN: low-dimensional, l2-normalised, nearest code by cosine (arXiv 2110.04627; second-hand)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ViT towers of ViT-VQGAN: pixels to one vector per patch, and back (arXiv 2110.04627, section 3.1).
+"""ViT towers of ViT-VQGAN: pixels to one vector per patch, and back (arXiv 2110.04627; second-hand).
 
 Pre-norm blocks with full attention, learned positions, no class token. The decoder ends in a two-layer head with a
 tanh between and emits raw pixels without a final activation.

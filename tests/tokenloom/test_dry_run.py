@@ -100,7 +100,7 @@ def test_denoisers_have_their_published_sizes(preset: Any, parameters: float, mu
     assert forward_flops(stage.network, *stage.inputs) / 2e9 == pytest.approx(multiply_adds, rel=0.01)
 
 
-# ViT-VQGAN (Yu et al., 2022), table 2, in millions; its count leaves out a little more than ours.
+# ViT-VQGAN (Yu et al., 2022; second-hand), in millions; its count leaves out a little more than ours.
 @pytest.mark.parametrize(("preset", "parameters"), [("vim-base", 650), ("vim-large", 1697)])
 def test_transformers_have_their_published_sizes(preset: Any, parameters: float) -> None:
     model = AutoregressiveModelConfig(preset=preset)
