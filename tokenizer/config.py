@@ -27,7 +27,7 @@ class TowerConfig:
             raise ValueError(f"tower width={self.width} is not a multiple of heads={self.heads}")
 
 
-# One tower is an encoder or a decoder. small, base and large are the sizes of ViT-VQGAN (arXiv 2110.04627, second-hand).
+# One tower is an encoder or a decoder. small, base and large are ViT-VQGAN's sizes (arXiv 2110.04627, second-hand).
 TOWERS = {
     "tiny":  TowerConfig(blocks=3,  width=96,   heads=3,  mlp=384),
     "mini":  TowerConfig(blocks=4,  width=192,  heads=6,  mlp=768),
