@@ -75,7 +75,7 @@ class StepRandom:
         device: torch.device | str = "cpu",
         stream: int = 2,
     ) -> None:
-        self.batch_size, self.rows = batch_size, part_rows(batch_size, part, parts)
+        self.step, self.batch_size, self.rows = step, batch_size, part_rows(batch_size, part, parts)
         self.generator = torch.Generator(device).manual_seed(mix(seed, step, stream))
 
     def normal(self, *shape: int) -> Tensor:

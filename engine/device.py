@@ -57,12 +57,12 @@ class Device:
         """Matrix products in bf16 inside the block, if the run's precision says so."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
 
-    def share(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
-        """The module on this device, copied to (DDP) or sharded over (FSDP2) all processes."""
+    def share(self, module: nn.Module, optimizer: torch.optim.Optimizer, *, copy: bool = False) -> nn.Module:
+        """The module on this device, copied to (DDP, or `copy`) or sharded over (FSDP2) all processes."""
         module.to(self.device)
         if self.parallel == "none":
             return module
-        if self.parallel == "fsdp":
+        if self.parallel == "fsdp" and not copy:
             return _shard(module, optimizer, self.device)
         ids = [self.device] if self.device.type == "cuda" else None
         options: dict[str, Any] = {SYNC_BUFFERS: False, "gradient_as_bucket_view": True}

@@ -72,9 +72,10 @@ class _Trainer:
         self.parts = range(device.rank * train.accumulate, (device.rank + 1) * train.accumulate)
         self.num_parts = device.world * train.accumulate
         for name, module in task.modules.items():
-            if run.compile:
+            auxiliary = name in task.auxiliary
+            if run.compile and not auxiliary:
                 module.compile()
-            task.modules[name] = device.share(module, task.optimizers[name])
+            task.modules[name] = device.share(module, task.optimizers[name], copy=auxiliary)
         self.averages = {name: Ema(task.modules[name], train.ema) for name in task.averaged if train.ema}
 
     def train_on(self) -> None:

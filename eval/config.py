@@ -67,7 +67,7 @@ class EvalConfig:
     """Judges of images: classifier, inception, random, or timm:<model>:<weights file>[:<input size>]."""
     inception_weights: str | None = None
     """File of the FID Inception weights; absent: torch hub's checkpoint folder. Never downloaded."""
-    lpips: Literal["auto", "none", "alex", "vgg"] = "auto"
+    lpips: Literal["auto", "none", "alex", "vgg", "squeeze"] = "auto"
     """LPIPS network; auto measures with each one whose trunk weights lie in torch hub's checkpoint folder."""
     batch_size: int = 128
     """Images per forward pass."""

@@ -9,7 +9,6 @@ import hashlib
 import io
 import itertools
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from engine.checkpoint import sha256
 from engine.images import to_float
+from engine.pretrained import checkpoint_folder, open_timm, read_weights, timm_parts
 from eval.classifier import Classifier
 
 INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
@@ -113,10 +113,7 @@ class TimmFeatures(Extractor):
 
     def __init__(self, model: str, path: Path, size: int | None) -> None:
         super().__init__()
-        if not path.is_file():
-            raise ValueError(f"eval.features=timm:{model}:{path}: no such weights file (working folder: {Path.cwd()})")
-        state = {key: value.float() for key, value in read_weights(path).items()}
-        self.network, settings = _timm_network(model, state, size)
+        self.network, settings = open_timm(model, path, size, key="eval.features")
         self.size = size or settings["input_size"][-1]
         self.name, self.weights = path.stem.replace("_", "-"), sha256(path)
         self.resize = f"bilinear antialiased to {self.size}; mean {settings['mean']}, std {settings['std']} of x / 255"
@@ -153,7 +150,7 @@ def open_features(
     elif spec == "inception":
         extractor = InceptionFeatures(inception_weights)
     elif kind == "timm" and ":" in rest:
-        extractor = TimmFeatures(*_timm_parts(rest))
+        extractor = TimmFeatures(*timm_parts(rest))
     else:
         raise ValueError(
             f"eval.features entry {spec!r} is unknown: use classifier (with labelled images), inception, random, "
@@ -176,8 +173,7 @@ def inception_file(given: str | None) -> Path:
     Raises:
         ValueError: not there; the message says where it was looked for.
     """
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    candidates = [Path(given)] if given else [folder / name for name in INCEPTION_FILES]
+    candidates = [Path(given)] if given else [checkpoint_folder() / name for name in INCEPTION_FILES]
     for path in candidates:
         if path.is_file():
             return path
@@ -188,52 +184,9 @@ def inception_file(given: str | None) -> Path:
     )
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from .safetensors, or from a PyTorch file without running any code in it.
-
-    Raises:
-        ValueError: the file is cut, or holds more than weights.
-    """
-    from pickle import UnpicklingError
-
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, TypeError) as error:
-        raise ValueError(f"{path}: not a readable file of weights ({error})") from error
-
-
 def weights_hash(module: nn.Module) -> str:
     """sha256 over names and values of a network's weights."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _timm_parts(rest: str) -> tuple[str, Path, int | None]:
-    model, _, path = rest.partition(":")
-    file, _, size = path.rpartition(":")
-    return (model, Path(file), int(size)) if file and size.isdigit() else (model, Path(path), None)
-
-
-def _timm_network(model: str, state: dict[str, Tensor], size: int | None) -> tuple[Any, dict[str, Any]]:
-    import timm
-
-    if not timm.is_model(model):
-        raise ValueError(f"eval.features=timm:{model}: timm has no such model; `timm.list_models()` lists them")
-    pretrained = timm.get_pretrained_cfg(model)
-    assert pretrained is not None
-    settings = pretrained.to_dict()
-    head = state.get(f"{settings['classifier']}.weight")
-    flexible: dict[str, Any] = {"dynamic_img_size": True} if settings.get("fixed_input_size") and size else {}
-    network = timm.create_model(model, num_classes=0 if head is None else len(head), **flexible)
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"eval.features=timm:{model}: the file's weights do not fit this model: {error}") from error
-    return network, settings

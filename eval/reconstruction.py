@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +9,6 @@ from torch import Tensor, nn
 from engine.images import to_float
 
 MAX_PSNR = 100.0
-TRUNKS = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}
 
 
 def psnr(images: Tensor, others: Tensor) -> Tensor:
@@ -64,33 +61,9 @@ def batch_usage(codes: Tensor, vocab_size: int, *, batch_size: int = 256) -> Ten
     return torch.tensor(shares, dtype=torch.float64)
 
 
-def lpips_trunk(net: str) -> Path:
-    """Where the trunk of LPIPS is looked for: torch hub's checkpoint folder, under torchvision's file name."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / TRUNKS[net]
-
-
-def load_lpips(net: str, device: torch.device) -> nn.Module:
-    """The LPIPS network (Zhang et al. 2018, version 0.1), its trunk read from `lpips_trunk(net)`, never downloaded.
-
-    Raises:
-        ValueError: the trunk's file is not there.
-    """
-    path = lpips_trunk(net)
-    if not path.is_file():
-        raise ValueError(
-            f"eval.lpips={net}: no trunk weights at {path}; put torchvision's file there, or set eval.lpips=none"
-        )
-    import lpips
-
-    network = lpips.LPIPS(net=net, version="0.1", pnet_rand=True, verbose=False)
-    trunk = torch.load(path, map_location="cpu", weights_only=True)
-    network.net.load_state_dict({key: trunk[_trunk_key(key)] for key in network.net.state_dict()})
-    return network.eval().requires_grad_(False).to(device)
-
-
 def lpips_distance(network: nn.Module, images: Tensor, others: Tensor) -> Tensor:
     """LPIPS of each pair [B]; uint8 images [B, 3, H, W]."""
-    return network(to_float(images), to_float(others)).flatten(1).mean(1)
+    return network(to_float(images), to_float(others))
 
 
 def _blur(x: Tensor) -> Tensor:
@@ -100,8 +73,3 @@ def _blur(x: Tensor) -> Tensor:
     window = (window / window.sum()).repeat(x.shape[1], 1)              # [C, 11]
     rows = F.conv2d(x, window[:, None, :, None], groups=x.shape[1])
     return F.conv2d(rows, window[:, None, None, :], groups=x.shape[1])
-
-
-def _trunk_key(key: str) -> str:
-    """`slice2.5.weight` in LPIPS is `features.5.weight` in torchvision."""
-    return "features." + key.split(".", 1)[1]

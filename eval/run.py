@@ -25,7 +25,6 @@ from eval.generator_scores import (
     weights_kind,
 )
 from eval.protocol import Record, drop_stale, merge_scores
-from eval.reconstruction import load_lpips
 from eval.table import table
 from eval.taps import (
     Representation,
@@ -34,7 +33,7 @@ from eval.taps import (
     probe_representation,
     tokenizer_representation,
 )
-from eval.tokenizer_scores import lpips_nets, score_tokenizer
+from eval.tokenizer_scores import load_lpips, lpips_nets, score_tokenizer
 from generator.config import AutoregressiveConfig, DiffusionConfig
 from generator.sample import load_generator
 from tokenizer.config import TokenizerConfig
@@ -72,10 +71,10 @@ class Subject:
             ValueError: it learned from another tokenizer than the run now has.
         """
         generator, tokenizer = load_generator(self.run.folder, family), load_tokenizer(self.run.folder)
-        if generator.tokenizer_fingerprint != tokenizer.fingerprint:
+        if generator.tokenizer_fingerprint != tokenizer.code_fingerprint:
             raise ValueError(
-                f"{self.run.folder / family} learned from tokenizer {generator.tokenizer_fingerprint}, but the run has "
-                f"{tokenizer.fingerprint}: encode and train the generator again"
+                f"{self.run.folder / family} learned from codes {generator.tokenizer_fingerprint}, but the run's "
+                f"tokenizer gives {tokenizer.code_fingerprint}: encode and train the generator again"
             )
         return generator.to(self.device.device)
 

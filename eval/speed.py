@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from engine.checkpoint import write_json
 from engine.config import DataConfig, RunConfig
 from engine.device import Device
-from engine.flops import forward_flops
+from engine.flops import TRAINING_FACTOR, forward_flops
 from engine.images import ImageSet
 from engine.shards import Shards, ShardWriter, open_shards
 from engine.sources import open_images
@@ -35,7 +35,9 @@ from generator.decoding import decode
 from generator.denoiser import DiT
 from generator.diffusion import Diffusion, build_denoiser
 from generator.diffusion_task import DiffusionTask
+from tokenizer.adversary import passes_per_step
 from tokenizer.config import TokenizerConfig
+from tokenizer.discriminator import build_discriminator
 from tokenizer.model import Tokenizer
 from tokenizer.train import TokenizerTask
 
@@ -85,12 +87,21 @@ def speed(
 
 def measure_tokenizer(bench: Bench, config: TokenizerConfig, images: ImageSet) -> None:
     """Training steps of the tokenizer on random images of the size of real ones."""
-    model, size = Tokenizer(config.model, config.quantizer, image_size=images.size), images.size
+    model, size = Tokenizer(config.model, config.quantizer, image_size=images.size, loss=config.loss), images.size
     bench.step(
-        "tokenizer step", config, RandomImages(size),
-        forward=forward_flops(model, torch.empty(1, 3, size, size)), tokens=math.prod(model.grid),
+        "tokenizer step", config, RandomImages(size), forward=step_flops(model, config), tokens=math.prod(model.grid),
         build=lambda section: TokenizerTask(model, section, test=images, device=bench.device),
     )  # fmt: skip
+
+
+def step_flops(model: Tokenizer, config: TokenizerConfig) -> int:
+    """What a training step computes per image, in operations of a forward pass: the tokenizer and its opponent."""
+    image = torch.empty(1, 3, model.image_size, model.image_size)
+    flops = forward_flops(model, image)
+    if config.loss.adversarial:
+        opponent = forward_flops(build_discriminator(config.discriminator, model.image_size), image)
+        flops += round(opponent * passes_per_step(config.discriminator) / TRAINING_FACTOR)
+    return flops
 
 
 def measure_autoregressive_step(
@@ -221,9 +232,10 @@ def usable_shards(
         if {key: shards.meta[key] for key in sizes} == sizes:
             return shards, f"from {own}"
     labels = torch.arange(RANDOM_ROWS) % len(class_names) if class_names else torch.full((RANDOM_ROWS,), -1)
-    with ShardWriter(folder, views=("original",), vocab_size=tokenizer.vocab_size) as writer:
+    with ShardWriter(folder, views=("original",), vocab_size=tokenizer.vocab_size or None) as writer:
         for label in labels.split(64):
-            codes = torch.randint(tokenizer.vocab_size, (len(label), 1, math.prod(tokenizer.grid)))
+            shape = len(label), 1, tokenizer.length
+            codes = torch.randint(tokenizer.vocab_size, shape) if tokenizer.vocab_size else None
             writer.append(labels=label, codes=codes, latents=torch.randn(len(label), 1, *tokenizer.latent_shape))
         writer.close({**sizes, "tokenizer_fingerprint": "", "class_names": list(class_names), "images": {}})
     return open_shards(folder), "random codes"

@@ -13,20 +13,10 @@ from eval.config import EvalConfig
 from eval.features import Extractor
 from eval.judge import data_facts, draw_indices, drawn_batches, judge, reconstruction_distances
 from eval.protocol import Record, protocol, record
-from eval.reconstruction import (
-    TRUNKS,
-    batch_usage,
-    code_counts,
-    load_lpips,
-    lpips_distance,
-    lpips_trunk,
-    perplexity,
-    psnr,
-    ssim,
-    usage,
-)
+from eval.reconstruction import batch_usage, code_counts, lpips_distance, perplexity, psnr, ssim, usage
 from eval.statistics import Estimate, mean_of
 from tokenizer.model import Tokenizer
+from tokenizer.perceptual import TRUNKS, lpips_trunk, open_lpips
 
 
 def score_tokenizer(
@@ -74,6 +64,16 @@ def lpips_nets(wish: str) -> list[str]:
     return there
 
 
+def load_lpips(net: str, device: torch.device) -> nn.Module:
+    """The LPIPS network that eval.lpips names, its trunk read from `lpips_trunk(net)`, never downloaded.
+
+    Raises:
+        ValueError: the trunk's file is not there.
+    """
+    remedy = "put torchvision's file there, or set eval.lpips=none"
+    return open_lpips(net, lpips_trunk(net), asked=f"eval.lpips={net}", remedy=remedy).to(device)
+
+
 class Pairs:
     """Reconstructs images as they pass by, and keeps how near each pair is and which codes were used."""
 
@@ -86,9 +86,9 @@ class Pairs:
         """uint8 originals [B, 3, H, W] -> their reconstructions, alike."""
         for images in batches:
             moved = images.to(self.device)
-            codes = self.tokenizer.encode(moved)                        # [B, T]
-            made = self.tokenizer.decode(codes)
-            self.codes.append(codes.cpu())
+            made, codes = self.tokenizer.reconstruct(moved)             # [B, 3, H, W], [B, T]
+            if codes is not None:
+                self.codes.append(codes.cpu())
             self._keep("psnr", psnr(moved, made))
             if min(images.shape[2:]) >= 11:
                 self._keep("ssim", ssim(moved, made))
@@ -97,10 +97,12 @@ class Pairs:
             yield made.cpu()
 
     def scores(self) -> dict[str, Estimate]:
-        """Means over images, then the use of the codebook."""
+        """Means over images, then the use of the codebook, if there is one."""
+        found = {name: mean_of(torch.cat(rows)) for name, rows in self.values.items()}
+        if not self.codes:
+            return found
         codes, vocab_size = torch.cat(self.codes), self.tokenizer.vocab_size
         counts, shares = code_counts(codes, vocab_size), batch_usage(codes, vocab_size)
-        found = {name: mean_of(torch.cat(rows)) for name, rows in self.values.items()}
         found["usage"] = Estimate(usage(counts), None)
         found["perplexity"] = Estimate(perplexity(counts), None)
         if len(shares):

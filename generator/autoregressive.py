@@ -156,8 +156,17 @@ class Autoregressive(nn.Module):
 
 
 def build_network(model: AutoregressiveModelConfig, card: dict[str, Any]) -> VIM:
-    """The network for a code grid, vocabulary and number of classes, as a card names them."""
-    length = math.prod(card["grid"])
+    """The network for a code grid, vocabulary and number of classes, as a card names them.
+
+    Raises:
+        ValueError: the tokenizer has no codes.
+    """
+    if not card["vocab_size"]:
+        raise ValueError(
+            "tokenizer.quantizer.kind=kl gives latents without codes, which an autoregressive model cannot learn: "
+            "leave the section autoregressive out, or choose another kind"
+        )
+    length = math.prod(card["grid"]) * card.get("codes_per_token", 1)
     return VIM(model, vocab_size=card["vocab_size"], length=length, num_classes=card["num_classes"])
 
 

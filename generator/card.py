@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ def generator_card(
         "num_classes": len(names),
         "class_names": names,
         "grid": list(tokenizer.grid),
+        "codes_per_token": tokenizer.length // math.prod(tokenizer.grid),
         "vocab_size": tokenizer.vocab_size,
         "latent_shape": list(tokenizer.latent_shape),
-        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "tokenizer_fingerprint": tokenizer.code_fingerprint,
     }

@@ -60,9 +60,9 @@ def sample_images(
     Raises:
         ValueError: another tokenizer made the codes that the generator learned from, or a label or setting is wrong.
     """
-    if generator.tokenizer_fingerprint != tokenizer.fingerprint:
+    if generator.tokenizer_fingerprint != tokenizer.code_fingerprint:
         raise ValueError(
-            f"this generator learned from tokenizer {generator.tokenizer_fingerprint}, not {tokenizer.fingerprint}:"
+            f"this generator learned from codes {generator.tokenizer_fingerprint}, not {tokenizer.code_fingerprint}:"
             " load the tokenizer of its own run, or train the generator again"
         )
     labels = torch.full((len(seeds),), -1) if labels is None else labels.cpu()
@@ -81,17 +81,19 @@ def sample(
     label: int | None = None,
     seed: int = 0,
     out: str | Path | None = None,
+    decoder: str | Path | None = None,
 ) -> Path:
     """Write `num` images as 000000.png ..., grid.png and samples.json; returns their folder.
 
-    Without `label` the classes take turns. `out` stands for `run.folder/samples/<family>`. What is there already and
-    answers the same request is kept, and an interrupted call continues where it stopped.
+    Without `label` the classes take turns. `out` stands for `run.folder/samples/<family>`, and `decoder` for the run
+    whose tokenizer paints the images: one that shares encoder and codebook. What is there already and answers the same
+    request is kept, and an interrupted call continues where it stopped.
 
     Raises:
         ValueError: a missing or foreign model, a wrong label or setting, or `out` holds other files.
     """
     generator = load_generator(run.folder, family).to(device.device)
-    tokenizer = load_tokenizer(run.folder).to(device.device)
+    tokenizer = load_tokenizer(decoder or run.folder).to(device.device)
     folder = Path(out) if out is not None else run.folder / "samples" / family
     request = _request(generator, tokenizer, config, num=num, label=label, seed=seed)
     if _read(folder / "samples.json") == request:

@@ -38,7 +38,7 @@ def train_generator(
         raise ValueError(f"family={family!r} does not fit the section {type(config).__name__}")
     tokenizer = load_tokenizer(run.folder)
     shards, test_shards = (
-        open_shards(run.folder / "codes" / split, fingerprint=tokenizer.fingerprint) for split in ("train", "test")
+        open_shards(run.folder / "codes" / split, fingerprint=tokenizer.code_fingerprint) for split in ("train", "test")
     )
     folder = run.folder / family
     identity = {"seed": run.seed, family: to_dict(config), "codes": shards.identity()}

@@ -1,12 +1,14 @@
 """Promise: every YAML parses strictly and builds on the meta device; every enumerated choice is known to the code."""
 
 import dataclasses
+import re
 import typing
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from engine.config import section_type, to_yaml
 from engine.sources import SOURCES
@@ -20,13 +22,28 @@ from generator.steps import STEPS
 from tokenizer.model import Tokenizer
 from tokenizer.quantize import GRADIENTS
 from tokenloom.experiment import Experiment, load_experiment
+from tokenloom.study_config import load_study, vary
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+SMOKE = Path(__file__).parent.parent / "configs" / "smoke.yaml"
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_yaml_parses_and_builds(path: Path, tmp_path: Path) -> None:
-    experiment = load_experiment(["--config", str(path)])
+def rows() -> list[typing.Any]:
+    """Every YAML; of a study, with each of its rows."""
+    found = []
+    for path in CONFIGS:
+        names = list(yaml.safe_load(path.read_text()).get("study", {}).get("rows", [])) or [None]
+        found += [pytest.param(path, name, id=f"{path.stem}, {name}" if name else path.stem) for name in names]
+    return found
+
+
+@pytest.mark.parametrize(("path", "row"), rows())
+def test_every_yaml_parses_and_builds(path: Path, row: str | None, tmp_path: Path) -> None:
+    if row is None:
+        experiment = load_experiment(["--config", str(path)])
+    else:
+        study, base = load_study(["--config", str(path)])
+        experiment = vary(base, study.rows[study.names.index(row)])
     with torch.device("meta"):
         tokenizer = Tokenizer(experiment.tokenizer.model, image_size=experiment.data.size)
         card = {
@@ -44,7 +61,7 @@ def test_every_yaml_parses_and_builds(path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_yaml_begins_with_its_purpose_and_command(path: Path) -> None:
-    header = path.read_text().split("run:")[0]
+    header = re.split(r"^\w", path.read_text(), maxsplit=1, flags=re.MULTILINE)[0]
     assert header.startswith("# ") and f"--config configs/{path.name}" in header
 
 
@@ -79,13 +96,19 @@ def test_every_choice_is_in_its_table_and_nothing_else_is(key: str, table: dict)
     assert set(dict(choices(Experiment))[key]) == set(table)
 
 
+# What a choice needs beside it, in its own section.
+COMPANIONS = {
+    "exponential": ["final_learning_rate=1e-6"],
+    "fsq": ["levels=[2,2,2,2]"],
+}
+
+
 @pytest.mark.parametrize(("key", "values"), [pytest.param(*choice, id=choice[0]) for choice in choices(Experiment)])
 def test_every_choice_can_be_given_on_the_command_line(key: str, values: tuple) -> None:
     for value in values:
         words = [f"--{key}={value}"]
-        if value == "exponential":
-            words.append(f"--{key.removesuffix('decay')}final_learning_rate=1e-6")
-        experiment: object = load_experiment(["--config", str(CONFIGS[-1]), *words])
+        words += [f"--{key.rpartition('.')[0]}.{more}" for more in COMPANIONS.get(value, ())]
+        experiment: object = load_experiment(["--config", str(SMOKE), *words])
         for part in key.split("."):
             experiment = getattr(experiment, part)
         assert experiment == value

@@ -1,7 +1,8 @@
-"""The `tokenizer` section of an experiment: network sizes, quantiser, losses, training. Imports no torch."""
+"""The `tokenizer` section of an experiment: networks, bottleneck, losses, opponent, training. Imports no torch."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -38,19 +39,47 @@ TOWERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class CnnConfig:
+    channels: int = 128
+    """Channels at full resolution, best a multiple of 16; norms have up to 32 groups of at least 4 channels."""
+    multipliers: tuple[int, ...] = (1, 1, 2, 4)
+    """Channels at each resolution, as multiples; every further one halves the resolution."""
+    res_blocks: int = 2
+    """Residual blocks at each resolution."""
+    attention: tuple[int, ...] = ()
+    """Sides of the feature maps on which each residual block is followed by attention; the middle always has one."""
+
+    def __post_init__(self) -> None:
+        if not self.multipliers or min(self.channels, self.res_blocks, *self.multipliers) < 1:
+            told = f"channels={self.channels}, multipliers={list(self.multipliers)}, res_blocks={self.res_blocks}"
+            raise ValueError(f"model.cnn: {told} must all be at least 1")
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels per token along each side."""
+        return 2 ** (len(self.multipliers) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenizerModelConfig:
+    architecture: Literal["vit", "cnn"] = "vit"
+    """Towers: ViT-VQGAN's transformers, or VQGAN's convolutions, which model.cnn describes."""
     preset: str = "small-small"
-    """Encoder and decoder size, `<encoder>-<decoder>`, each of tiny, mini, small, base, large."""
+    """Encoder and decoder size of the ViT, `<encoder>-<decoder>`, each of tiny, mini, small, base, large."""
     patch_size: int = 8
     """Pixels per token along each side; divides data.size."""
     vocab_size: int = 8192
-    """Codes in the codebook."""
+    """Codes in the codebook; without meaning for quantizer.kind=kl."""
     code_dim: int = 32
     """Numbers per code vector; 32 in ViT-VQGAN, 8 keeps more codes in use when training is short."""
+    output: Literal["rgb", "logit_laplace"] = "rgb"
+    """What the decoder emits: pixels, or mean and scale of a logit-Laplace distribution of each pixel, as published."""
     encoder: TowerConfig | None = None
-    """Replaces the encoder of the preset."""
+    """Replaces the ViT encoder of the preset."""
     decoder: TowerConfig | None = None
-    """Replaces the decoder of the preset."""
+    """Replaces the ViT decoder of the preset."""
+    cnn: CnnConfig = field(default_factory=CnnConfig)
+    """The CNN towers; unused by the ViT."""
 
     def __post_init__(self) -> None:
         names = self.preset.split("-")
@@ -60,6 +89,11 @@ class TokenizerModelConfig:
         for key, least in (("patch_size", 1), ("vocab_size", 2), ("code_dim", 2)):
             if getattr(self, key) < least:
                 raise ValueError(f"model.{key}={getattr(self, key)} must be at least {least}")
+        if self.architecture == "cnn" and self.cnn.patch_size != self.patch_size:
+            raise ValueError(
+                f"model.patch_size={self.patch_size}, but model.cnn.multipliers={list(self.cnn.multipliers)} halve the "
+                f"image to {self.cnn.patch_size} pixels per token: set one to fit the other"
+            )
 
     @property
     def towers(self) -> tuple[TowerConfig, TowerConfig]:
@@ -70,37 +104,117 @@ class TokenizerModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerConfig:
+    kind: Literal["codebook", "kl", "fsq", "lfq", "bsq", "simvq", "residual"] = "codebook"
+    """The bottleneck: ViT-VQGAN's codebook, continuous KL latents, or one of vector-quantize-pytorch (extra:
+    quantizers)."""
+    normalize: bool = True
+    """Codebook: vectors and codes have length 1 and the nearest is chosen by cosine; false: plain Euclidean vectors."""
     gradient: Literal["straight_through", "rotation"] = "straight_through"
-    """How the decoder's gradient crosses the nearest-code choice."""
+    """Codebook: how the decoder's gradient crosses the nearest-code choice."""
+    update: Literal["gradient", "ema"] = "gradient"
+    """Codebook: codes follow the gradient of the codebook loss, or a moving average of the vectors that chose them."""
+    ema_decay: float = 0.99
+    """Codebook: decay of that moving average per step."""
     reduction: Literal["mean", "sum"] = "mean"
     """Codebook and commitment losses are a mean or a sum over the code's dimensions; the papers leave it open."""
     kmeans_start: bool = True
-    """Start from the k-means centroids of training vectors instead of random directions."""
+    """Codebook: start from the k-means centroids of training vectors instead of random directions."""
     revive_after: int = 100
-    """Replace a code by a training vector after so many steps without use; 0 switches revival off."""
+    """Codebook: replace a code by a training vector after so many steps without use; 0 switches revival off."""
+    levels: tuple[int, ...] = ()
+    """FSQ: values of each of the code_dim numbers; their product is the vocabulary."""
+    depth: int = 2
+    """Residual: codes per token, each refining those before it."""
 
     def __post_init__(self) -> None:
         if self.revive_after < 0:
             raise ValueError(f"quantizer.revive_after={self.revive_after} must not be negative; 0 switches revival off")
+        if not 0 < self.ema_decay < 1:
+            raise ValueError(f"quantizer.ema_decay={self.ema_decay} must lie between 0 and 1")
+        if self.depth < 1:
+            raise ValueError(f"quantizer.depth={self.depth} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerLossConfig:
     l2: float = 1.0
-    """Weight of the squared pixel error."""
+    """Weight of the squared pixel error; pixels count from 0 to 1."""
     l1: float = 0.0
-    """Weight of the absolute pixel error."""
+    """Weight of the absolute pixel error; pixels count from 0 to 1."""
+    logit_laplace: float = 0.0
+    """Weight of the negative log-likelihood under the logit-Laplace output; 0.1 as published."""
+    perceptual: float = 0.0
+    """Weight of the distance between features of a trained network; 0.1 as published, 0 before a linear probe."""
+    perceptual_network: str = "lpips:vgg"
+    """`lpips:vgg`, `lpips:alex` or `lpips:squeeze`, with `:<trunk file>` if it is not in torch hub's folder, or
+    `timm:<model>:<weights file>[:<input size>]`."""
+    adversarial: float = 0.0
+    """Weight of the adversarial loss; 0.1 as published. The section discriminator describes the opponent."""
     codebook: float = 1.0
     """Weight of the loss that draws codes to the vectors that chose them."""
     commitment: float = 0.25
     """Weight of the loss that draws vectors to their codes."""
+    entropy: float = 0.0
+    """Weight of the entropy loss: each vector sure of its code, all codes in use."""
+    entropy_temperature: float = 0.01
+    """Temperature of the code probabilities in the entropy loss."""
+    kl: float = 1e-6
+    """Weight of the divergence from a standard normal distribution; quantizer.kind=kl alone has it."""
 
     def __post_init__(self) -> None:
-        for key in ("l2", "l1", "codebook", "commitment"):
+        weights = ("l2", "l1", "logit_laplace", "perceptual", "adversarial", "codebook", "commitment", "entropy", "kl")
+        for key in weights:
             if getattr(self, key) < 0:
                 raise ValueError(f"loss.{key}={getattr(self, key)} must not be negative")
-        if self.l2 + self.l1 == 0:
-            raise ValueError("loss.l2 and loss.l1 are both 0: nothing would teach the decoder; give one a weight")
+        if self.entropy_temperature <= 0:
+            raise ValueError(f"loss.entropy_temperature={self.entropy_temperature} must be above 0")
+        if self.l2 + self.l1 + self.logit_laplace == 0:
+            keys = "loss.l2, loss.l1 and loss.logit_laplace"
+            raise ValueError(f"{keys} are all 0: nothing would teach the decoder its pixels; give one a weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscriminatorConfig:
+    kind: Literal["stylegan2", "patchgan"] = "stylegan2"
+    """StyleGAN2's residual discriminator, or pix2pix's of overlapping patches."""
+    channels: int = 512
+    """StyleGAN2: most channels at any resolution. PatchGAN: see patch_channels."""
+    channel_base: int = 32768
+    """StyleGAN2: channels at resolution r are channel_base / r, up to `channels`."""
+    patch_channels: int = 64
+    """PatchGAN: channels of its first layer."""
+    patch_layers: int = 3
+    """PatchGAN: layers that halve the resolution."""
+    objective: Literal["non_saturating", "hinge"] = "non_saturating"
+    """The game: logistic losses, or hinges for the discriminator."""
+    start_step: int = 0
+    """Step before which there is no adversarial loss."""
+    start_patience: int = 0
+    """From start_step on, wait until the pixel loss has not improved for so many steps; 0 does not wait."""
+    r1: float = 10.0
+    """Weight gamma of the gradient penalty on real images."""
+    r1_every: int = 16
+    """Steps between gradient penalties, which count as many times as much."""
+    lecam: float = 0.0
+    """Weight of the LeCam regularisation; 0.001 in MaskBit, 0 switches it off."""
+    adaptive: bool = False
+    """Scale the adversarial loss to the reconstruction's gradient in the decoder's last layer, as VQGAN does."""
+    learning_rate: float | None = None
+    """Peak learning rate; absent: the tokenizer's."""
+    betas: tuple[float, float] = (0.0, 0.99)
+    """AdamW's betas; StyleGAN2's."""
+
+    def __post_init__(self) -> None:
+        for key in ("channels", "channel_base", "patch_channels", "patch_layers", "r1_every"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"discriminator.{key}={getattr(self, key)} must be at least 1")
+        for key in ("start_step", "start_patience", "r1", "lecam"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"discriminator.{key}={getattr(self, key)} must not be negative")
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ValueError(f"discriminator.learning_rate={self.learning_rate} must be above 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"discriminator.betas={list(self.betas)} must lie in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +225,13 @@ class TokenizerConfig:
     """How code vectors are chosen and kept in use."""
     loss: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
     """Weights of the losses."""
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    """The opponent in the adversarial loss; built only if that has a weight."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Optimisation."""
+    encoder_from: str | None = None
+    """Run or tokenizer folder whose encoder and codebook are taken over and kept: only the decoder learns, and codes
+    stay valid."""
     views: int = 1
     """Versions of each training image on disk, of which a generator draws one: the centre crop, then others as
     data.crop draws them, every second one mirrored if data.flip."""
@@ -123,3 +242,20 @@ class TokenizerConfig:
         for key in ("views", "encode_batch_size"):
             if getattr(self, key) < 1:
                 raise ValueError(f"tokenizer.{key}={getattr(self, key)} must be at least 1")
+        check_bottleneck(self.model, self.quantizer)
+        if self.loss.logit_laplace and self.model.output != "logit_laplace":
+            raise ValueError(
+                f"loss.logit_laplace={self.loss.logit_laplace} needs model.output=logit_laplace, not "
+                f"{self.model.output}"
+            )
+
+
+def check_bottleneck(model: TokenizerModelConfig, quantizer: QuantizerConfig) -> None:
+    """Raise ValueError if the vocabulary is not what the code's numbers can spell."""
+    kind, dim, vocab_size = quantizer.kind, model.code_dim, model.vocab_size
+    if kind == "fsq" and (len(quantizer.levels) != dim or math.prod(quantizer.levels) != vocab_size):
+        told = f"quantizer.levels={list(quantizer.levels)}, model.code_dim={dim}, model.vocab_size={vocab_size}"
+        raise ValueError(f"{told}: fsq needs code_dim levels whose product is vocab_size, such as 8, 5, 5, 5 for 1000")
+    if kind in ("lfq", "bsq") and 2**dim != vocab_size:
+        told = f"model.code_dim={dim}, model.vocab_size={vocab_size}"
+        raise ValueError(f"{told}: {kind} has a bit per number, so vocab_size must be 2^code_dim = {2**dim}")

@@ -62,7 +62,7 @@ def encode_split(
     with ShardWriter(
         folder,
         views=names,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=tokenizer.vocab_size or None,
         rank=device.rank,
         world=device.world,
         barrier=device.barrier,
@@ -72,7 +72,9 @@ def encode_split(
                 rows = batch["indices"].numpy()
                 versions = [batch["images"], *(images.load(rows, each[rows])["images"] for each in draws)]
                 pairs = [tokenizer.codes_and_latents(version.to(device.device)) for version in versions]
-                codes, latents = (torch.stack(column, 1) for column in zip(*pairs, strict=True))
+                found = [codes for codes, _ in pairs if codes is not None]
+                codes = torch.stack(found, 1) if found else None  # [B, V, T]
+                latents = torch.stack([latents for _, latents in pairs], 1)  # [B, V, C, h, w]
                 writer.append(labels=batch["labels"], codes=codes, latents=latents)
                 bar.update(len(rows))
         writer.close(meta)
@@ -88,7 +90,7 @@ def view_draws(num_images: int, view: int) -> np.ndarray:
 def shard_meta(tokenizer: Tokenizer, images: ImageSet, augmentation: dict[str, Any]) -> dict[str, Any]:
     """What a generator must know of its codes and latents, and what made them."""
     return {
-        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "tokenizer_fingerprint": tokenizer.code_fingerprint,
         "grid": list(tokenizer.grid),
         "vocab_size": tokenizer.vocab_size,
         "latent_shape": list(tokenizer.latent_shape),

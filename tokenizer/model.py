@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,23 +13,30 @@ from torch import Tensor, nn
 
 from engine.checkpoint import load_model
 from engine.images import to_float, to_uint8
-from tokenizer.config import QuantizerConfig, TokenizerModelConfig, TowerConfig
-from tokenizer.quantize import Codebook, normalize
+from tokenizer.cnn import CnnDecoder, CnnEncoder
+from tokenizer.config import CnnConfig, QuantizerConfig, TokenizerLossConfig, TokenizerModelConfig, TowerConfig
+from tokenizer.losses import logit_laplace_mean
+from tokenizer.quantize import build_bottleneck
 from tokenizer.vit import Decoder, Encoder
+
+CHANNELS = {"rgb": 3, "logit_laplace": 6}  # that the decoder emits
 
 
 class Tokenizer(nn.Module):
-    """ViT encoder, codebook, ViT decoder (ViT-VQGAN, arXiv 2110.04627).
+    """Encoder, bottleneck, decoder: ViT-VQGAN (arXiv 2110.04627; second-hand), or VQGAN's convolutions.
 
-    Latents are the encoder's unit vectors before quantisation, shifted and scaled per channel to zero mean and unit
-    variance over the training images; `measure` sets the two buffers after training.
+    Latents are what the bottleneck quantises (unit vectors before the codebook, means before KL noise), shifted and
+    scaled per channel to zero mean and unit variance over the training images; the two buffers are measured after
+    training.
 
     Attributes:
         image_size: height and width in pixels.
-        grid: tokens down and across; T is their product.
-        vocab_size: number of codes K.
+        grid: tokens down and across.
+        length: codes per image T, the product of the grid and of the codes per token.
+        vocab_size: number of codes K; 0 where the bottleneck has none.
         latent_shape: (C, h, w).
         fingerprint: identifies trained weights and configuration; empty before the model is saved.
+        code_fingerprint: identifies what decides codes and latents, which is all but the decoder.
         taps: names of activations for `features`.
 
     Raises:
@@ -35,40 +44,50 @@ class Tokenizer(nn.Module):
     """
 
     def __init__(
-        self, model: TokenizerModelConfig, quantizer: QuantizerConfig | None = None, *, image_size: int
+        self,
+        model: TokenizerModelConfig,
+        quantizer: QuantizerConfig | None = None,
+        *,
+        image_size: int,
+        loss: TokenizerLossConfig | None = None,
     ) -> None:
         super().__init__()
         if image_size % model.patch_size:
             sizes = f"data.size={image_size}, tokenizer.model.patch_size={model.patch_size}"
             raise ValueError(f"{sizes}: the image size must be a multiple of the patch size; change either")
         side = image_size // model.patch_size
-        self.config, self.image_size, self.grid = model, image_size, (side, side)
-        self.vocab_size, self.latent_shape, self.fingerprint = model.vocab_size, (model.code_dim, side, side), ""
-        encoder, decoder = model.towers
-        self.taps = (*(f"encoder.{block}" for block in range(encoder.blocks)), "codes")
-        self.encoder = Encoder(encoder, grid=self.grid, patch_size=model.patch_size, code_dim=model.code_dim)
-        self.quantizer = Codebook(model.vocab_size, model.code_dim, quantizer or QuantizerConfig())
-        self.decoder = Decoder(decoder, grid=self.grid, patch_size=model.patch_size, code_dim=model.code_dim)
+        self.config, self.bottleneck = model, quantizer or QuantizerConfig()
+        self.image_size, self.grid, self.fingerprint, self.code_fingerprint = image_size, (side, side), "", ""
+        self.encoder = build_encoder(model, self.bottleneck, image_size)
+        self.quantizer = build_bottleneck(model, self.bottleneck, loss)
+        self.decoder = build_decoder(model, image_size)
+        self.vocab_size, self.latent_shape = self.quantizer.vocab_size, (model.code_dim, side, side)
+        self.length = side**2 * self.quantizer.codes_per_token
+        last = "codes" if self.vocab_size else "latents"
+        self.taps = (*(f"encoder.{stage}" for stage in range(self.encoder.depth)), last)
         self.register_buffer("latent_mean", torch.zeros(model.code_dim))
         self.register_buffer("latent_std", torch.ones(model.code_dim))
         self.latent_mean: Tensor
         self.latent_std: Tensor
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """One training pass: images float [B, 3, H, W] in [-1, 1] -> reconstruction alike, codes, losses, stats."""
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None, dict[str, Tensor], dict[str, Tensor]]:
+        """One training pass: images float [B, 3, H, W] in [-1, 1] -> output [B, 3 or 6, H, W], codes, losses, stats.
+
+        `to_pixels` makes images of the output.
+        """
         quantised, codes, losses, stats = self.quantizer(self.encoder(images))
         return self.decoder(quantised), codes, losses, stats
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images uint8 [B, 3, H, W] -> codes int64 [B, T] in raster order."""
+        """Images uint8 [B, 3, H, W] -> codes int64 [B, T] in raster order; ValueError where there are none."""
         return self.quantizer.nearest(self.vectors(images))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Codes int64 [B, T] -> images uint8 [B, 3, H, W]."""
         self._check_codes(codes)
-        return to_uint8(self.decoder(self.quantizer.lookup(codes)).float())
+        return self._painted(self.quantizer.lookup(codes))
 
     @torch.no_grad()
     def to_latents(self, images: Tensor) -> Tensor:
@@ -76,42 +95,59 @@ class Tokenizer(nn.Module):
         return self._latents(self.vectors(images))
 
     @torch.no_grad()
-    def codes_and_latents(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """What `encode` and `to_latents` give, from one pass of the encoder."""
+    def codes_and_latents(self, images: Tensor) -> tuple[Tensor | None, Tensor]:
+        """What `encode` and `to_latents` give, from one pass of the encoder; None where there are no codes."""
         vectors = self.vectors(images)
-        return self.quantizer.nearest(vectors), self._latents(vectors)
+        return self.quantizer.nearest(vectors) if self.vocab_size else None, self._latents(vectors)
 
     @torch.no_grad()
     def from_latents(self, latents: Tensor) -> Tensor:
-        """Latents float [B, C, h, w] -> nearest codes -> images uint8 [B, 3, H, W]."""
-        return self.decode(self.latents_to_codes(latents))
+        """Latents float [B, C, h, w] -> nearest codes, if there are any -> images uint8 [B, 3, H, W]."""
+        return self._painted(self.quantizer.snap(self._raw(latents)))
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images uint8 [B, 3, H, W] -> alike, through the bottleneck, and their codes int64 [B, T] or None."""
+        vectors = self.vectors(images)
+        if not self.vocab_size:
+            return self._painted(self.quantizer.snap(vectors)), None
+        codes = self.quantizer.nearest(vectors)
+        return self.decode(codes), codes
 
     @torch.no_grad()
     def latents_to_codes(self, latents: Tensor) -> Tensor:
         """Latents float [B, C, h, w] -> codes int64 [B, T]."""
-        if latents.shape[1:] != self.latent_shape:
-            raise ValueError(f"latents are {tuple(latents.shape)}; this tokenizer reads [B, *{self.latent_shape}]")
-        vectors = latents.float().flatten(2).transpose(1, 2)  # [B, T, C]
-        return self.quantizer.nearest(vectors * self.latent_std + self.latent_mean)
+        return self.quantizer.nearest(self._raw(latents))
 
     @torch.no_grad()
     def features(self, images: Tensor, tap: str) -> Tensor:
-        """Activations averaged over tokens, float32 [B, D]: `encoder.<n>`, the stream after block n, or `codes`."""
+        """Activations averaged over tokens, float32 [B, D]: `encoder.<n>`, the stream after stage n of the encoder;
+        `codes`, the code vectors, or `latents` where there are none."""
         if tap not in self.taps:
             raise ValueError(f"tap={tap!r} is unknown; this tokenizer has {', '.join(self.taps)}")
-        if tap == "codes":
-            return self.quantizer.lookup(self.encode(images)).mean(dim=1)  # [B, code_dim]
+        if tap in ("codes", "latents"):
+            return self.quantizer.snap(self.vectors(images)).mean(dim=1)  # [B, code_dim]
         depth = int(tap.removeprefix("encoder.")) + 1
         return self.encoder.hidden(self._pixels(images), depth).float().mean(dim=1)  # [B, width]
 
     @torch.no_grad()
     def vectors(self, images: Tensor) -> Tensor:
-        """Images uint8 [B, 3, H, W] -> unit encoder vectors float32 [B, T, C], before normalisation to latents."""
-        return normalize(self.encoder(self._pixels(images)).float())
+        """Images uint8 [B, 3, H, W] -> what the bottleneck quantises, float32 [B, h w, C], not scaled yet."""
+        return self.quantizer.latents(self.encoder(self._pixels(images)))
 
     def _latents(self, vectors: Tensor) -> Tensor:
         normalised = (vectors - self.latent_mean) / self.latent_std  # [B, T, C]
         return normalised.transpose(1, 2).reshape(-1, *self.latent_shape)  # [B, C, h, w]
+
+    def _raw(self, latents: Tensor) -> Tensor:
+        """The inverse of `_latents`."""
+        if latents.shape[1:] != self.latent_shape:
+            raise ValueError(f"latents are {tuple(latents.shape)}; this tokenizer reads [B, *{self.latent_shape}]")
+        return latents.float().flatten(2).transpose(1, 2) * self.latent_std + self.latent_mean  # [B, h w, C]
+
+    def _painted(self, vectors: Tensor) -> Tensor:
+        """Quantised vectors [B, h w, C] -> images uint8 [B, 3, H, W]."""
+        return to_uint8(to_pixels(self.decoder(vectors).float()))
 
     def _pixels(self, images: Tensor) -> Tensor:
         size = (3, self.image_size, self.image_size)
@@ -121,17 +157,56 @@ class Tokenizer(nn.Module):
         return to_float(images)
 
     def _check_codes(self, codes: Tensor) -> None:
-        tokens = self.grid[0] * self.grid[1]
-        if codes.dtype != torch.int64 or codes.ndim != 2 or codes.shape[1] != tokens:
-            raise ValueError(f"codes are {codes.dtype} {tuple(codes.shape)}; this tokenizer reads int64 [B, {tokens}]")
+        if codes.dtype != torch.int64 or codes.ndim != 2 or codes.shape[1] != self.length:
+            found = f"codes are {codes.dtype} {tuple(codes.shape)}"
+            raise ValueError(f"{found}; this tokenizer reads int64 [B, {self.length}]")
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.vocab_size:
             span = f"{int(codes.min())} .. {int(codes.max())}"
             raise ValueError(f"codes span {span}, outside this tokenizer's 0 .. {self.vocab_size - 1}")
 
 
+def to_pixels(output: Tensor) -> Tensor:
+    """The decoder's output [B, 3 or 6, H, W] -> images [B, 3, H, W], nominally in [-1, 1]; pixels are not clamped."""
+    return output if output.shape[1] == 3 else logit_laplace_mean(output)
+
+
+def build_encoder(model: TokenizerModelConfig, quantizer: QuantizerConfig, image_size: int) -> Encoder | CnnEncoder:
+    """Pixels to as many numbers per token as the bottleneck reads: KL takes a mean and a variance for each."""
+    out_dim, side = model.code_dim * (2 if quantizer.kind == "kl" else 1), image_size // model.patch_size
+    if model.architecture == "cnn":
+        return CnnEncoder(model.cnn, image_size=image_size, out_dim=out_dim)
+    return Encoder(model.towers[0], grid=(side, side), patch_size=model.patch_size, out_dim=out_dim)
+
+
+def build_decoder(model: TokenizerModelConfig, image_size: int) -> Decoder | CnnDecoder:
+    """Quantised vectors to `CHANNELS[model.output]` numbers per pixel."""
+    channels, side = CHANNELS[model.output], image_size // model.patch_size
+    if model.architecture == "cnn":
+        return CnnDecoder(model.cnn, image_size=image_size, in_dim=model.code_dim, out_channels=channels)
+    return Decoder(
+        model.towers[1], grid=(side, side), patch_size=model.patch_size, in_dim=model.code_dim, out_channels=channels
+    )
+
+
 def model_card(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What `model.json` must hold to rebuild the network."""
-    return {"kind": "tokenizer", "config": {"model": asdict(tokenizer.config), "image_size": tokenizer.image_size}}
+    """What `model.json` must hold to rebuild the network, and what its codes depend on."""
+    config = {
+        "model": asdict(tokenizer.config),
+        "quantizer": asdict(tokenizer.bottleneck),
+        "image_size": tokenizer.image_size,
+    }
+    return {"kind": "tokenizer", "config": config, "code_fingerprint": code_fingerprint(tokenizer)}
+
+
+def code_fingerprint(tokenizer: Tokenizer) -> str:
+    """16 hex digits of all that decides codes and latents: encoder, bottleneck, scale and shift; not the decoder."""
+    model, quantizer = tokenizer.config, tokenizer.bottleneck
+    sizes = [model.architecture, tokenizer.image_size, model.patch_size, model.vocab_size, model.code_dim]
+    marking = hashlib.sha256(json.dumps([*sizes, quantizer.kind, quantizer.levels, quantizer.normalize]).encode())
+    for name, value in sorted(tokenizer.state_dict().items()):
+        if not name.startswith("decoder."):
+            marking.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return marking.hexdigest()[:16]
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -146,14 +221,26 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     card, weights = load_model(folder)
     if card.get("kind") != "tokenizer":
         raise ValueError(f"{folder / 'model.json'} describes a {card.get('kind')!r}, not a tokenizer")
-    settings = dict(card["config"]["model"])
-    for tower in ("encoder", "decoder"):
-        settings[tower] = settings[tower] and TowerConfig(**settings[tower])
+    config = card["config"]
     with torch.device("meta"):
-        tokenizer = Tokenizer(TokenizerModelConfig(**settings), image_size=card["config"]["image_size"])
+        tokenizer = Tokenizer(
+            model_config(config["model"]), quantizer_config(config["quantizer"]), image_size=config["image_size"]
+        )
     tokenizer.load_state_dict(weights, assign=True)
-    tokenizer.fingerprint = card["fingerprint"]
+    tokenizer.fingerprint, tokenizer.code_fingerprint = card["fingerprint"], card["code_fingerprint"]
     return tokenizer.eval().requires_grad_(False)
+
+
+def model_config(settings: dict[str, Any]) -> TokenizerModelConfig:
+    """A model's configuration as its card holds it."""
+    towers = {key: settings[key] and TowerConfig(**settings[key]) for key in ("encoder", "decoder")}
+    tuples = {key: tuple(settings["cnn"][key]) for key in ("multipliers", "attention")}
+    return TokenizerModelConfig(**{**settings, **towers, "cnn": CnnConfig(**{**settings["cnn"], **tuples})})
+
+
+def quantizer_config(settings: dict[str, Any]) -> QuantizerConfig:
+    """A bottleneck's configuration as the model's card holds it."""
+    return QuantizerConfig(**{**settings, "levels": tuple(settings["levels"])})
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -1,100 +1,129 @@
-"""The codebook of ViT-VQGAN: low-dimensional, l2-normalised, nearest code by cosine (arXiv 2110.04627; second-hand)."""
+"""The codebook, by default ViT-VQGAN's: low-dimensional, l2-normalised, nearest code by cosine (arXiv 2110.04627;
+second-hand). And `build_bottleneck`, which makes any bottleneck of this room."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.config import QuantizerConfig
+from engine.device import fill, whole
+from tokenizer.adapters import Binary, FiniteScalar, Residual, Simple
+from tokenizer.bottleneck import GRADIENTS, Bottleneck, squared_error
+from tokenizer.config import QuantizerConfig, TokenizerLossConfig, TokenizerModelConfig
+from tokenizer.continuous import Gaussian
+from tokenizer.entropy import code_entropy
+from tokenizer.similarity import nearest, normalize
 
-MAX_SIMILARITIES = 2**24  # entries of one token-by-code matrix: 64 MiB in float32
+SMOOTHING = 1e-5  # Laplace smoothing of the moving counts, so that no code divides by zero
 
 
-class Codebook(nn.Module):
-    """Replaces unit vectors by the nearest of `vocab_size` unit codes; float32 whatever the autocast.
+class Codebook(Bottleneck):
+    """Replaces vectors by the nearest of `vocab_size` codes.
 
-    Codes start as random directions of length 1, the length of k-means and revived codes too, so that one learning
-    rate turns all of them at the same pace.
+    Normalised, vectors and codes have length 1: codes start as random directions of length 1, the length of k-means
+    and revived codes too, so that one learning rate turns all of them at the same pace. Otherwise distances are
+    Euclidean, and codes start from a normal distribution at a length of about 1.
+
+    With `update=ema` no gradient reaches the codes; the trainer calls `ema_update` once for each step that counts.
     """
 
-    def __init__(self, vocab_size: int, code_dim: int, config: QuantizerConfig) -> None:
+    ema_counts: Tensor  # [K], there with update=ema alone, like the next
+    ema_sums: Tensor  # [K, D]
+
+    def __init__(
+        self, vocab_size: int, code_dim: int, config: QuantizerConfig, loss: TokenizerLossConfig | None = None
+    ) -> None:
         super().__init__()
-        self.reduction, self.gradient = config.reduction, GRADIENTS[config.gradient]
-        self.codebook = nn.Parameter(normalize(torch.randn(vocab_size, code_dim)))  # [K, D]
+        self.input_dim = self.latent_dim = code_dim
+        self.vocab_size, self.config, self.unit = vocab_size, config, config.normalize
+        self.temperature = loss.entropy_temperature if loss and loss.entropy else None
+        self.gradient = GRADIENTS[config.gradient]
+        start = torch.randn(vocab_size, code_dim)
+        start = normalize(start) if self.unit else start * code_dim**-0.5
+        self.codebook = nn.Parameter(start, requires_grad=config.update == "gradient")  # [K, D]
+        if config.update == "ema":
+            self.register_buffer("ema_counts", torch.ones(vocab_size))
+            self.register_buffer("ema_sums", start.clone())
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """`quantize(z) -> (z_q, codes, losses, stats)`, what every quantiser of this room offers.
-
-        Args:
-            z: [B, T, D], any length and float type.
-
-        Returns:
-            z_q: float32 [B, T, D], the unit codes, with the encoder's gradient flowing through the normalisation;
-            codes: int64 [B, T];
-            losses: scalars `codebook` |sg[z] - e|^2 and `commitment` |z - sg[e]|^2, unweighted;
-            stats: `vectors`, the detached unit vectors float32 [B, T, D].
-        """
+        """The losses are `commitment` |z - sg[e]|^2, `codebook` |sg[z] - e|^2 unless the codes are moving averages, and
+        `entropy` in training if it has a weight; of unit vectors where they are normalised."""
         with torch.autocast(z.device.type, enabled=False):
-            z, book = normalize(z.float()), normalize(self.codebook)
-            codes = nearest(z, book)  # [B, T]
+            z, book = self.latents(z), self._book()
+            codes = nearest(z, book, unit=self.unit)  # [B, T]
             chosen = F.embedding(codes, book)  # [B, T, D]
-            losses = {
-                "codebook": squared_error(chosen, z.detach(), self.reduction),
-                "commitment": squared_error(z, chosen.detach(), self.reduction),
-            }
+            losses = {}
+            if self.config.update == "gradient":
+                losses["codebook"] = squared_error(chosen, z.detach(), self.config.reduction)
+            losses["commitment"] = squared_error(z, chosen.detach(), self.config.reduction)
+            if self.temperature and self.training:
+                losses["entropy"] = code_entropy(z, book, temperature=self.temperature, unit=self.unit)
             return self.gradient(z, chosen), codes, losses, {"vectors": z.detach()}
 
+    def latents(self, z: Tensor) -> Tensor:
+        """Unit vectors where they are normalised, else the vectors themselves; float32 [B, T, D]."""
+        return normalize(z.float()) if self.unit else z.float()
+
+    def nearest(self, latents: Tensor) -> Tensor:
+        """Codes of latents or of raw vectors, [B, T, D] -> int64 [B, T]."""
+        return nearest(self.latents(latents), self._book(), unit=self.unit)
+
     def lookup(self, codes: Tensor) -> Tensor:
-        """The unit code vectors, int64 [B, T] -> float32 [B, T, D]."""
-        return F.embedding(codes, normalize(self.codebook))
+        """The code vectors, int64 [B, T] -> float32 [B, T, D]."""
+        return F.embedding(codes, self._book())
 
-    def nearest(self, z: Tensor) -> Tensor:
-        """Codes of raw vectors, [B, T, D] -> int64 [B, T]."""
-        return nearest(normalize(z.float()), normalize(self.codebook))
+    @torch.no_grad()
+    def ema_update(self, counts: Tensor, sums: Tensor) -> None:
+        """Move the codes to the moving average of the vectors that chose them (arXiv 1711.00937, appendix A.1).
+
+        Args:
+            counts: [K], how often each code was chosen in this step over all processes.
+            sums: [K, D], the latents that chose it added up, over all processes.
+        """
+        self.ema_counts.lerp_(counts.to(self.ema_counts), 1 - self.config.ema_decay)
+        self.ema_sums.lerp_(sums.to(self.ema_sums), 1 - self.config.ema_decay)
+        total = self.ema_counts.sum()
+        smoothed = (self.ema_counts + SMOOTHING) / (total + self.vocab_size * SMOOTHING) * total  # [K]
+        codes = self.ema_sums / smoothed[:, None]
+        fill(self.codebook, normalize(codes) if self.unit else codes)
+
+    @torch.no_grad()
+    def restart_averages(self, rows: Tensor | None = None) -> None:
+        """Let the moving averages of codes that were set from outside begin anew at them, else the next update would
+        undo the change; without moving averages there is nothing to do.
+
+        Args:
+            rows: bool [K], which codes; all if absent.
+        """
+        if self.config.update != "ema":
+            return
+        rows = torch.ones(self.vocab_size, dtype=torch.bool) if rows is None else rows
+        rows, codes = rows.to(self.ema_sums.device), whole(self.codebook).to(self.ema_sums.device)
+        self.ema_counts.masked_fill_(rows, 1)
+        self.ema_sums.copy_(torch.where(rows[:, None], codes, self.ema_sums))
+
+    def _book(self) -> Tensor:
+        return normalize(self.codebook) if self.unit else self.codebook
 
 
-def normalize(vectors: Tensor) -> Tensor:
-    """Scale the last axis to length 1; a zero vector stays zero."""
-    return F.normalize(vectors, dim=-1)
+def build_bottleneck(
+    model: TokenizerModelConfig, quantizer: QuantizerConfig, loss: TokenizerLossConfig | None = None
+) -> Bottleneck:
+    """The bottleneck that `quantizer.kind` names; `loss` says whether it has an entropy loss, and at which temperature.
 
-
-@torch.no_grad()
-def nearest(vectors: Tensor, book: Tensor, *, max_similarities: int = MAX_SIMILARITIES) -> Tensor:
-    """The code with the largest inner product, which for unit vectors is the nearest: [..., D], [K, D] -> int64 [...].
-
-    Tokens are taken in chunks, so that no more than `max_similarities` inner products exist at a time.
+    Raises:
+        ValueError: it needs a package that is not installed, or levels that it cannot have.
     """
-    flat = vectors.reshape(-1, vectors.shape[-1])  # [N, D]
-    rows = max(1, max_similarities // book.shape[0])
-    with torch.autocast(vectors.device.type, enabled=False):
-        codes = [(chunk @ book.T).argmax(dim=-1) for chunk in flat.split(rows)]
-    return torch.cat(codes).reshape(vectors.shape[:-1])
-
-
-def squared_error(a: Tensor, b: Tensor, reduction: str) -> Tensor:
-    """Squared distance of [..., D] vectors, averaged over tokens; over the D axis a `mean` or the norm's `sum`."""
-    squares = (a - b).square()
-    return squares.mean() if reduction == "mean" else squares.sum(dim=-1).mean()
-
-
-def straight_through(z: Tensor, code: Tensor) -> Tensor:
-    """The code's value with the identity as its gradient with respect to z (arXiv 1711.00937, section 3.2)."""
-    return z + (code - z).detach()
-
-
-def rotation(z: Tensor, code: Tensor) -> Tensor:
-    """The code's value with the gradient of the rotation that takes z to it (arXiv 2410.06424, equation 4).
-
-    `z - 2 w (w.z) + 2 code (z.z)` with w the unit bisector of z and the code, every factor but one z held constant.
-    """
-    start, end = z.detach(), code.detach()
-    bisector = F.normalize(start + end, dim=-1, eps=1e-6)
-    along = (bisector * z).sum(dim=-1, keepdim=True)  # [B, T, 1]
-    onto = (start * z).sum(dim=-1, keepdim=True)  # [B, T, 1]
-    return z - 2 * bisector * along + 2 * end * onto
-
-
-GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"straight_through": straight_through, "rotation": rotation}
+    dim, vocab_size = model.code_dim, model.vocab_size
+    if quantizer.kind == "kl":
+        return Gaussian(dim)
+    if quantizer.kind == "fsq":
+        return FiniteScalar(quantizer.levels)
+    if quantizer.kind in ("lfq", "bsq"):
+        return Binary(dim, quantizer, loss)
+    if quantizer.kind == "simvq":
+        return Simple(vocab_size, dim, quantizer)
+    if quantizer.kind == "residual":
+        return Residual(vocab_size, dim, quantizer)
+    return Codebook(vocab_size, dim, quantizer, loss)

@@ -21,8 +21,8 @@ class Reconstruction(NamedTuple):
     """uint8 [B, 3, H, W]."""
     reconstructions: Tensor
     """uint8 [B, 3, H, W]."""
-    codes: Tensor
-    """int64 [B, T]."""
+    codes: Tensor | None
+    """int64 [B, T]; None where the bottleneck has none."""
 
 
 def reconstruct(
@@ -31,8 +31,8 @@ def reconstruct(
     """Reconstruct the readable images of [start, stop) in order, centre crop, on the tokenizer's own device."""
     device = tokenizer.latent_mean.device
     for batch in images.in_order(batch_size, start=start, stop=stop):
-        codes = tokenizer.encode(batch["images"].to(device))
-        yield Reconstruction(batch["images"], tokenizer.decode(codes).cpu(), codes.cpu())
+        made, codes = tokenizer.reconstruct(batch["images"].to(device))
+        yield Reconstruction(batch["images"], made.cpu(), None if codes is None else codes.cpu())
 
 
 def save_reconstructions(

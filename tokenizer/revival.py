@@ -10,71 +10,50 @@ import torch
 from torch import Tensor
 
 from engine.device import Device, fill, whole
-from tokenizer.quantize import nearest, normalize
+from tokenizer.quantize import Codebook
+from tokenizer.similarity import nearest, normalize
 
 VECTORS_PER_CODE = 32  # k-means reads so many vectors per code
 ITERATIONS = 10
-NEVER = 2**40  # steps
-
-
-class Usage:
-    """Counts steps for each code, int64 [K] on the CPU: `idle` since its last use, `waited` since that or revival."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self.idle = torch.full((vocab_size,), NEVER)
-        self.waited = torch.zeros(vocab_size, dtype=torch.int64)
-
-    def update(self, counts: Tensor) -> None:
-        """Take in how often each code was chosen in one step over all processes, [K]."""
-        chosen = counts.cpu() > 0
-        self.idle, self.waited = (torch.where(chosen, 0, steps + 1) for steps in (self.idle, self.waited))
-
-    def share(self, steps: int) -> float:
-        """Share of the codes chosen in the last `steps` steps."""
-        return (self.idle < steps).double().mean().item()
-
-    def expired(self, steps: int) -> Tensor:
-        """Codes that have waited for `steps` steps or more, bool [K]; their wait begins anew."""
-        dead = self.waited >= steps
-        self.waited = self.waited.masked_fill(dead, 0)
-        return dead
-
-
-def perplexity(counts: Tensor) -> float:
-    """exp(entropy) of how often each code was chosen, [K]: K when all are equally frequent, 1 when one is."""
-    shares = counts.double() / counts.sum()
-    return torch.special.entr(shares).sum().exp().item()
 
 
 @torch.no_grad()
-def spherical_kmeans(vectors: Tensor, num: int, *, generator: torch.Generator, iterations: int = ITERATIONS) -> Tensor:
-    """Unit centroids [num, D] of unit vectors [N, D]: Lloyd's algorithm by cosine (Dhillon and Modha 2001),
-    from a k-means++ start.
+def kmeans(
+    vectors: Tensor, num: int, *, spherical: bool, generator: torch.Generator, iterations: int = ITERATIONS
+) -> Tensor:
+    """Centroids [num, D] of vectors [N, D]: Lloyd's algorithm from a k-means++ start.
 
     A cluster that loses all its vectors restarts at one of the vectors that are served worst.
+
+    Args:
+        spherical: vectors have length 1, and so have centroids, compared by cosine (Dhillon and Modha 2001); else
+            distances are Euclidean.
     """
-    centroids = spread_start(vectors, num, generator=generator)  # [num, D]
+    centroids = spread_start(vectors, num, spherical=spherical, generator=generator)  # [num, D]
     for _ in range(iterations):
-        codes = nearest(vectors, centroids)  # [N]
+        codes = nearest(vectors, centroids, unit=spherical)  # [N]
         counts = torch.bincount(codes, minlength=num)  # [num]
         sums = torch.zeros_like(centroids).index_add_(0, codes, vectors)  # [num, D]
         empty = (counts == 0).nonzero().squeeze(1)
-        similarity = (vectors * centroids[codes]).sum(dim=-1)  # [N]
-        worst = similarity.argsort(stable=True)[: len(empty)]
-        centroids = normalize(sums)
+        served = centroids[codes]  # [N, D]
+        fit = (vectors * served).sum(dim=-1) if spherical else -(vectors - served).square().sum(dim=-1)  # [N]
+        worst = fit.argsort(stable=True)[: len(empty)]
+        centroids = normalize(sums) if spherical else sums / counts.clamp(min=1)[:, None]
         centroids[empty[: len(worst)]] = vectors[worst]
     return centroids
 
 
-def spread_start(vectors: Tensor, num: int, *, generator: torch.Generator) -> Tensor:
+def spread_start(vectors: Tensor, num: int, *, spherical: bool, generator: torch.Generator) -> Tensor:
     """k-means++ (Arthur and Vassilvitskii 2007): each next centre is drawn by its squared distance to those so far."""
     draws = torch.rand(num, 1, generator=generator, dtype=torch.float64).to(vectors.device)
     distance = torch.ones(len(vectors), dtype=torch.float64, device=vectors.device)  # [N]
+    squares = torch.ones_like(vectors[:, :1]) if spherical else vectors.square().sum(dim=1, keepdim=True)  # [N, 1]
     chosen = []
     for draw in draws:
         cumulative = distance.cumsum(0)
         chosen.append(torch.searchsorted(cumulative, draw * cumulative[-1]).clamp(max=len(vectors) - 1))  # [1]
-        to_last = (2 - 2 * vectors @ vectors[chosen[-1]].T).squeeze(1).clamp(min=0)  # [N]
+        last = chosen[-1]
+        to_last = (squares + squares[last] - 2 * vectors @ vectors[last].T).squeeze(1).clamp(min=0)  # [N]
         distance = torch.minimum(distance, to_last)
     return vectors[torch.cat(chosen)]
 
@@ -90,7 +69,7 @@ def gather_rows(vectors: Tensor, wanted: Tensor, device: Device) -> Tensor:
 
 @torch.no_grad()
 def revive(
-    codebook: Tensor,
+    quantizer: Codebook,
     dead: Tensor,
     vectors: Tensor,
     optimizer: torch.optim.Optimizer,
@@ -98,15 +77,18 @@ def revive(
     device: Device,
     generator: torch.Generator,
 ) -> None:
-    """Replace the `dead` rows (bool [K]) by random vectors of the batch and forget the optimizer's moments of them.
+    """Replace the `dead` codes (bool [K]) by random vectors of the batch, and let what remembers them begin anew: the
+    optimizer's moments, or the moving averages.
 
     Args:
-        codebook: the parameter [K, D], whole or sharded.
-        vectors: this process's unit encoder vectors [N, D]; all processes have as many.
+        quantizer: its codebook [K, D] may be whole or sharded.
+        vectors: this process's latents [N, D]; all processes have as many.
     """
+    codebook = quantizer.codebook
     draws = torch.randint(len(vectors) * device.world, (len(dead),), generator=generator, device=generator.device)
     fresh = gather_rows(vectors, draws.to(vectors.device), device).cpu()  # [K, D]
     fill(codebook, torch.where(dead[:, None], fresh, whole(codebook)))
+    quantizer.restart_averages(dead)
     state = optimizer.state.get(codebook, {})
     for name in ("exp_avg", "exp_avg_sq"):
         if name in state:

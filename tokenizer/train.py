@@ -1,13 +1,14 @@
-"""Trains the tokenizer: reconstruct the images, keep the codebook in use, then measure the latents."""
+"""Trains the tokenizer: reconstruct the images, keep the codebook in use, hold an opponent off, measure the latents."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.batches import Batches, StepRandom, mix
 from engine.checkpoint import newest_whole, save_model
@@ -19,10 +20,16 @@ from engine.optim import adamw
 from engine.resume import is_finished
 from engine.sources import open_images
 from engine.task import Task
+from tokenizer.adversary import Adversary
 from tokenizer.config import TokenizerConfig
-from tokenizer.losses import l1, l2, psnr
-from tokenizer.model import Tokenizer, model_card
-from tokenizer.revival import VECTORS_PER_CODE, Usage, perplexity, revive, spherical_kmeans
+from tokenizer.discriminator import build_discriminator
+from tokenizer.guard import Guard
+from tokenizer.losses import adaptive_weight, l1, l2, logit_laplace, psnr
+from tokenizer.model import Tokenizer, code_fingerprint, load_tokenizer, model_card, to_pixels
+from tokenizer.perceptual import open_perceptual
+from tokenizer.quantize import Codebook
+from tokenizer.revival import VECTORS_PER_CODE, kmeans, revive
+from tokenizer.usage import Usage
 
 USAGE_IMAGES = 256  # code usage is counted over so many images, as in ViT-VQGAN
 VALIDATION_IMAGES = 1024
@@ -31,53 +38,128 @@ LATENT_IMAGES = 10_000
 
 
 class TokenizerTask(Task):
-    """Reconstruction with a vector-quantised bottleneck."""
+    """Reconstruction through a bottleneck, with whatever losses have a weight."""
 
     averaged = ("tokenizer",)
+    auxiliary = ("discriminator",)
 
     def __init__(self, tokenizer: Tokenizer, config: TokenizerConfig, *, test: ImageSet, device: Device) -> None:
-        self.config, self.test, self.device = config, test, device
-        self.modules = {"tokenizer": tokenizer}
-        self.optimizers = {"tokenizer": adamw(tokenizer, config.train)}
-        self.quantizer, self.vocab_size = tokenizer.quantizer, tokenizer.vocab_size
-        self.usage = Usage(self.vocab_size)
+        self.config, self.test, self.device, self.tokenizer = config, test, device, tokenizer
+        self.modules: dict[str, nn.Module] = {"tokenizer": tokenizer}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {"tokenizer": adamw(tokenizer, config.train)}
+        self.vocab_size = tokenizer.vocab_size
+        self.codebook = tokenizer.quantizer if isinstance(tokenizer.quantizer, Codebook) else None
+        if config.encoder_from is not None:
+            self.codebook = None  # it is frozen
+        self.usage = Usage(self.vocab_size, codes_per_step=config.train.batch_size * tokenizer.length)
+        self.guard = Guard(reachable=USAGE_IMAGES * tokenizer.length / max(1, self.vocab_size))
+        self.perceptual: nn.Module | None = None
+        self.adversary: Adversary | None = None
+        if config.loss.perceptual:
+            self.perceptual = open_perceptual(config.loss.perceptual_network).to(device.device)
+        if config.loss.adversarial:
+            self._add_discriminator()
         self.before_step()
+
+    def _add_discriminator(self) -> None:
+        settings = self.config.discriminator
+        if settings.adaptive and self.device.parallel == "fsdp":
+            raise ValueError("discriminator.adaptive=true needs the whole last layer: use run.parallel=ddp")
+        network = build_discriminator(settings, self.tokenizer.image_size).to(self.device.device)
+        peak = settings.learning_rate or self.config.train.learning_rate
+        self.modules["discriminator"] = network
+        training = replace(self.config.train, learning_rate=peak, betas=settings.betas, weight_decay=0.0)
+        self.optimizers["discriminator"] = adamw(network, training)
+        self.adversary = Adversary(network, settings)
 
     def before_step(self) -> None:
         """Forget the codes of a step that was skipped."""
         self.counts = torch.zeros(self.vocab_size, device=self.device.device)
         self.vectors: list[Tensor] = []
+        self.codes: list[Tensor] = []
 
     def step(self, batch: dict[str, Tensor], rng: StepRandom) -> dict[str, Tensor]:
         target = to_float(batch["images"])  # [B, 3, H, W]
-        images, codes, losses, stats = self.modules["tokenizer"](target)
-        losses |= {"l2": l2(images, target), "l1": l1(images, target)}
-        weights = self.config.loss
-        loss = sum(getattr(weights, name) * value for name, value in losses.items())
-        # What after_step needs, over all parts of the batch.
-        ones = torch.ones(codes.numel(), device=codes.device)
-        self.counts.index_add_(0, codes.flatten(), ones)  # bincount would wait for the device
-        self.vectors.append(stats["vectors"].flatten(0, 1))  # [N, D]
+        output, codes, losses, stats = self.modules["tokenizer"](target)
+        images = to_pixels(output)  # [B, 3, H, W]
+        losses |= self._pixel_losses(output, images, target)
+        loss = self._weighted(losses)
+        if self.adversary is not None and self.adversary.begun:
+            losses |= self._play(loss, images, target, rng.step)
+            loss = loss + losses.pop("weighted_adversarial") + losses["discriminator"]
+        if codes is not None:
+            self._keep(codes, stats)
         quality = psnr(to_uint8(images.detach().float()), batch["images"]).mean()
         return {"loss": loss, **losses, "psnr": quality}
 
-    def after_step(self, step: int, metrics: dict[str, float], rng: StepRandom) -> None:
-        """Count the codes of all processes, revive those long unused, add figures of the codebook to the metrics."""
-        counts = self.device.sum(self.counts)
-        self.usage.update(counts)
-        metrics["perplexity"] = perplexity(counts)
-        metrics["usage"] = self.usage.share(-(-USAGE_IMAGES // self.config.train.batch_size))
-        metrics["revived"] = self._revive(rng)
+    def _pixel_losses(self, output: Tensor, images: Tensor, target: Tensor) -> dict[str, Tensor]:
+        losses = {"l2": l2(images, target), "l1": l1(images, target)}
+        if self.config.loss.logit_laplace:
+            losses["logit_laplace"] = logit_laplace(output, target)
+        if self.perceptual is not None:
+            losses["perceptual"] = self.perceptual(images, target).mean()
+        return losses
 
-    def _revive(self, rng: StepRandom) -> int:
+    def _weighted(self, losses: dict[str, Tensor]) -> Tensor:
+        return torch.stack([getattr(self.config.loss, name) * value for name, value in losses.items()]).sum()
+
+    def _play(self, reconstruction: Tensor, images: Tensor, target: Tensor, step: int) -> dict[str, Tensor]:
+        """Both sides of the adversarial game in one step, from the same reconstructions."""
+        assert self.adversary is not None
+        adversarial = self.adversary.generator_loss(images)
+        told = {"adversarial": adversarial, "weighted_adversarial": self.config.loss.adversarial * adversarial}
+        if self.config.discriminator.adaptive:
+            layer = self.tokenizer.decoder.last_layer
+            gradients = [self._shared_gradient(value, layer) for value in (reconstruction, adversarial)]
+            told["adaptive_weight"] = adaptive_weight(*gradients)
+            told["weighted_adversarial"] = told["adaptive_weight"] * told["weighted_adversarial"]
+        return told | self.adversary.discriminator_losses(self.modules["discriminator"], target, images, step)
+
+    def _shared_gradient(self, value: Tensor, parameter: Tensor) -> Tensor:
+        """The gradient of `value` over all processes."""
+        return self.device.mean(torch.autograd.grad(value, parameter, retain_graph=True)[0])
+
+    def _keep(self, codes: Tensor, stats: dict[str, Tensor]) -> None:
+        """What after_step needs, over all parts of the batch."""
+        ones = torch.ones(codes.numel(), device=codes.device)
+        self.counts.index_add_(0, codes.flatten(), ones)  # bincount would wait for the device
+        if self.codebook is not None:
+            self.vectors.append(stats["vectors"].flatten(0, 1))  # [N, D]
+            self.codes.append(codes.flatten())  # [N]
+
+    def after_step(self, step: int, metrics: dict[str, float], rng: StepRandom) -> None:
+        """Count the codes of all processes, move and revive codes, add figures to the metrics, warn if they are bad."""
+        if self.vocab_size:
+            counts = self.device.sum(self.counts)
+            self.usage.update(counts)
+            metrics |= {
+                "perplexity": self.usage.perplexity(),
+                "dead_codes": float(self.usage.dead()),
+                "usage": self.usage.share(-(-USAGE_IMAGES // self.config.train.batch_size)),
+            }
+            if self.codebook is not None:
+                self._move_codes(self.codebook, counts)
+                metrics["revived"] = self._revive(self.codebook, rng)
+        if self.adversary is not None:
+            self.adversary.after_step(step, metrics)
+        if self.device.is_main:
+            self.guard.after_step(step, metrics)
+
+    def _move_codes(self, codebook: Codebook, counts: Tensor) -> None:
+        """Let codes that follow a moving average follow it."""
+        if self.config.quantizer.update == "ema":
+            vectors, codes = torch.cat(self.vectors), torch.cat(self.codes)  # [N, D], [N]
+            sums = vectors.new_zeros(self.vocab_size, vectors.shape[1]).index_add_(0, codes, vectors)
+            codebook.ema_update(counts, self.device.sum(sums))
+
+    def _revive(self, codebook: Codebook, rng: StepRandom) -> int:
         """Replace the codes that are due, and return how many."""
         patience = self.config.quantizer.revive_after
         if not patience:
             return 0
         dead = self.usage.expired(patience)
         if dead.any():
-            codebook, optimizer = self.quantizer.codebook, self.optimizers["tokenizer"]
-            vectors = torch.cat(self.vectors)  # [N, D]
+            vectors, optimizer = torch.cat(self.vectors), self.optimizers["tokenizer"]  # [N, D]
             revive(codebook, dead, vectors, optimizer, device=self.device, generator=rng.generator)
         return int(dead.sum())
 
@@ -88,8 +170,10 @@ class TokenizerTask(Task):
         for batch in self.test.in_order(self.config.encode_batch_size, stop=stop):
             images, codes = self._reconstruct(batch["images"])
             qualities.append(psnr(images, batch["images"]))
-            used[codes.flatten()] = True
-        return {"psnr": torch.cat(qualities).mean().item(), "usage": used.double().mean().item()}
+            if codes is not None:
+                used[codes.flatten()] = True
+        figures = {"psnr": torch.cat(qualities).mean().item()}
+        return figures | ({"usage": used.double().mean().item()} if self.vocab_size else {})
 
     def preview(self) -> dict[str, Tensor]:
         """Test images, each followed by its reconstruction."""
@@ -98,38 +182,53 @@ class TokenizerTask(Task):
         return {"reconstructions": pairs.flatten(0, 1)}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"idle": self.usage.idle, "waited": self.usage.waited}
+        state = {"usage": self.usage.state_dict(), "guard": dict(self.guard.streaks)}
+        return state if self.adversary is None else {**state, "adversary": self.adversary.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.usage.idle, self.usage.waited = state["idle"], state["waited"]
+        self.usage.load_state_dict(state["usage"])
+        self.guard.streaks = state["guard"]
+        if self.adversary is not None:
+            self.adversary.load_state_dict(state["adversary"])
 
-    def _reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """uint8 images -> uint8 reconstructions and codes, on the CPU; through the network as the loop holds it."""
         output, codes, _, _ = self.modules["tokenizer"](to_float(images.to(self.device.device)))
-        return to_uint8(output.float()).cpu(), codes.cpu()
+        return to_uint8(to_pixels(output.float())).cpu(), None if codes is None else codes.cpu()
 
 
 def train_tokenizer(*, run: RunConfig, data: DataConfig, tokenizer: TokenizerConfig, device: Device) -> Path:
     """Train the tokenizer of a run, or resume it, and write `<run>/tokenizer/model.*`; returns that folder.
+
+    With `encoder_from` only the decoder is trained, and codes and latents stay those of the tokenizer named there.
 
     Raises:
         ValueError: the sizes do not fit each other, or the folder holds another run.
     """
     folder = run.folder / "tokenizer"
     images, test = open_images(data, "train"), open_images(data, "test")
-    identity = run_identity(run, data, tokenizer, images)
+    source = None if tokenizer.encoder_from is None else load_tokenizer(tokenizer.encoder_from)
+    identity = run_identity(run, data, tokenizer, images, source)
     if is_finished(folder, identity):
         return folder
     torch.manual_seed(run.seed)
-    model = Tokenizer(tokenizer.model, tokenizer.quantizer, image_size=data.size).to(device.device)
+    model = Tokenizer(tokenizer.model, tokenizer.quantizer, image_size=data.size, loss=tokenizer.loss)
+    if source is not None:
+        take_over(model, source)
+    model.to(device.device)
     batches = Batches(images, batch_size=tokenizer.train.batch_size, seed=run.seed, workers=data.workers)
-    if tokenizer.quantizer.kmeans_start and newest_whole(folder / "checkpoints") is None:
-        start_codebook(model, batches, seed=run.seed, device=device)
     task = TokenizerTask(model, tokenizer, test=test, device=device)
+    begins = newest_whole(folder / "checkpoints") is None
+    if task.codebook is not None and tokenizer.quantizer.kmeans_start and begins:
+        start_codebook(model, batches, seed=run.seed, device=device)
     weights = fit(task, batches, train=tokenizer.train, run=run, device=device, folder=folder, identity=identity)
-    trained = Tokenizer(tokenizer.model, image_size=data.size)
+    trained = Tokenizer(tokenizer.model, tokenizer.quantizer, image_size=data.size)
     trained.load_state_dict(weights["tokenizer"])
-    measure_latents(trained.to(device.device).eval(), images, device=device, batch_size=tokenizer.encode_batch_size)
+    trained.to(device.device).eval()
+    if source is None:
+        measure_latents(trained, images, device=device, batch_size=tokenizer.encode_batch_size)
+    elif code_fingerprint(trained) != source.code_fingerprint:
+        raise RuntimeError(f"{folder}: the frozen encoder has changed in training; this is a fault of ours, report it")
     if device.is_main:
         facts = {"identity": identity, "class_names": list(images.class_names), "finished": time.strftime("%Y-%m-%d")}
         save_model(folder, trained.cpu().state_dict(), {**model_card(trained), **facts})
@@ -137,11 +236,41 @@ def train_tokenizer(*, run: RunConfig, data: DataConfig, tokenizer: TokenizerCon
     return folder
 
 
-def run_identity(run: RunConfig, data: DataConfig, tokenizer: TokenizerConfig, images: ImageSet) -> dict[str, Any]:
+def take_over(model: Tokenizer, source: Tokenizer) -> None:
+    """Copy and freeze the encoder and bottleneck of `source`, and its decoder as a start if the sizes agree.
+
+    Raises:
+        ValueError: encoder or bottleneck differ in size or kind.
+    """
+    kept, own = (
+        {name: value for name, value in each.state_dict().items() if not name.startswith("decoder.")}
+        for each in (source, model)
+    )
+    shapes = [{name: value.shape for name, value in state.items()} for state in (kept, own)]
+    differing = [name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name)]
+    if differing or model.bottleneck.kind != source.bottleneck.kind or model.image_size != source.image_size:
+        raise ValueError(
+            f"tokenizer.encoder_from: its encoder or bottleneck differs from this configuration's (first in "
+            f"{min(differing, default='data.size or quantizer.kind')}): only the decoder may change"
+        )
+    model.load_state_dict({**model.state_dict(), **kept})
+    for part in (model.encoder, model.quantizer):
+        part.requires_grad_(False)
+    decoder = source.decoder.state_dict()
+    if {name: value.shape for name, value in decoder.items()} == {
+        name: value.shape for name, value in model.decoder.state_dict().items()
+    }:
+        model.decoder.load_state_dict(decoder)
+
+
+def run_identity(
+    run: RunConfig, data: DataConfig, tokenizer: TokenizerConfig, images: ImageSet, source: Tokenizer | None = None
+) -> dict[str, Any]:
     """All that decides what is learnt, JSON-ready."""
     settings = to_dict(tokenizer)
     for key in ("views", "encode_batch_size"):
         del settings[key]
+    settings["encoder_from"] = source and source.fingerprint
     augmentation = {"crop": data.crop, "flip": data.flip}
     return {"seed": run.seed, "data": {**images.content(), "augmentation": augmentation}, "tokenizer": settings}
 
@@ -149,8 +278,9 @@ def run_identity(run: RunConfig, data: DataConfig, tokenizer: TokenizerConfig, i
 @torch.no_grad()
 def start_codebook(model: Tokenizer, batches: Batches, *, seed: int, device: Device) -> None:
     """Set the codes to k-means centroids of the untrained encoder's vectors, found by the first process for all."""
-    codebook = model.quantizer.codebook
-    centroids = torch.zeros_like(codebook)
+    quantizer = model.quantizer
+    assert isinstance(quantizer, Codebook)
+    centroids = torch.zeros_like(quantizer.codebook)
     if device.is_main:
         wanted = model.vocab_size * VECTORS_PER_CODE
         per_batch = batches.batch_size * model.grid[0] * model.grid[1]
@@ -158,8 +288,11 @@ def start_codebook(model: Tokenizer, batches: Batches, *, seed: int, device: Dev
         for step in range(-(-wanted // per_batch)):
             found.append(model.vectors(batches.batch(step)["images"].to(device.device)).flatten(0, 1))  # [N, D]
         generator = torch.Generator().manual_seed(mix(seed, 0, 0, 5))
-        centroids = spherical_kmeans(torch.cat(found), model.vocab_size, generator=generator)
-    codebook.copy_(device.sum(centroids))
+        centroids = kmeans(
+            torch.cat(found), model.vocab_size, generator=generator, spherical=model.bottleneck.normalize
+        )
+    quantizer.codebook.copy_(device.sum(centroids))
+    quantizer.restart_averages()
 
 
 def measure_latents(

@@ -1,7 +1,7 @@
 """ViT towers of ViT-VQGAN: pixels to one vector per patch, and back (arXiv 2110.04627; second-hand).
 
 Pre-norm blocks with full attention, learned positions, no class token. The decoder ends in a two-layer head with a
-tanh between and emits raw pixels without a final activation.
+tanh between and has no final activation.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from tokenizer.config import TowerConfig
 
 
 class Encoder(nn.Module):
-    """Images in [-1, 1] -> one code-sized vector per patch, in raster order."""
+    """Images in [-1, 1] -> one vector of `out_dim` numbers per patch, in raster order."""
 
-    def __init__(self, tower: TowerConfig, *, grid: tuple[int, int], patch_size: int, code_dim: int) -> None:
+    def __init__(self, tower: TowerConfig, *, grid: tuple[int, int], patch_size: int, out_dim: int) -> None:
         super().__init__()
-        self.patch_size = patch_size
+        self.patch_size, self.depth = patch_size, tower.blocks
         self.embed = nn.Linear(3 * patch_size**2, tower.width)
         self.positions = positions(grid, tower.width)
         self.blocks = blocks(tower)
         self.norm = nn.LayerNorm(tower.width)
-        self.project = nn.Linear(tower.width, code_dim)
+        self.project = nn.Linear(tower.width, out_dim)
         initialise(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """float [B, 3, H, W] -> [B, T, code_dim]."""
-        hidden = self.hidden(images, len(self.blocks))  # [B, T, width]
-        return self.project(self.norm(hidden))  # [B, T, code_dim]
+        """float [B, 3, H, W] -> [B, T, out_dim]."""
+        hidden = self.hidden(images, self.depth)  # [B, T, width]
+        return self.project(self.norm(hidden))  # [B, T, out_dim]
 
     def hidden(self, images: Tensor, depth: int) -> Tensor:
         """The residual stream after the first `depth` blocks, [B, T, width]."""
@@ -42,26 +42,32 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """One code vector per patch -> images, nominally in [-1, 1] but not clamped."""
+    """One vector of `in_dim` numbers per patch -> `out_channels` numbers per pixel, not clamped."""
 
-    def __init__(self, tower: TowerConfig, *, grid: tuple[int, int], patch_size: int, code_dim: int) -> None:
+    def __init__(
+        self, tower: TowerConfig, *, grid: tuple[int, int], patch_size: int, in_dim: int, out_channels: int = 3
+    ) -> None:
         super().__init__()
         self.grid, self.patch_size = grid, patch_size
-        self.embed = nn.Linear(code_dim, tower.width)
+        self.embed = nn.Linear(in_dim, tower.width)
         self.positions = positions(grid, tower.width)
         self.blocks = blocks(tower)
         self.norm = nn.LayerNorm(tower.width)
-        self.head = nn.Sequential(
-            nn.Linear(tower.width, 4 * tower.width), nn.Tanh(), nn.Linear(4 * tower.width, 3 * patch_size**2)
-        )
+        last = nn.Linear(4 * tower.width, out_channels * patch_size**2)
+        self.head = nn.Sequential(nn.Linear(tower.width, 4 * tower.width), nn.Tanh(), last)
         initialise(self)
 
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight of the final layer, at which VQGAN's adaptive weight looks."""
+        return self.head.get_parameter("2.weight")
+
     def forward(self, vectors: Tensor) -> Tensor:
-        """[B, T, code_dim] -> float [B, 3, H, W]."""
+        """[B, T, in_dim] -> float [B, out_channels, H, W]."""
         hidden = self.embed(vectors) + self.positions  # [B, T, width]
         for block in self.blocks:
             hidden = block(hidden)
-        return unpatchify(self.head(self.norm(hidden)), self.grid, self.patch_size)  # [B, 3, H, W]
+        return unpatchify(self.head(self.norm(hidden)), self.grid, self.patch_size)  # [B, C, H, W]
 
 
 def positions(grid: tuple[int, int], width: int) -> nn.Parameter:

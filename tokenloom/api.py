@@ -44,9 +44,9 @@ def sample(
 
 
 def reconstruct(path: str | Path | Tokenizer, images: Tensor) -> Tensor:
-    """Images uint8 [B, 3, H, W] through the tokenizer's codes and back, alike."""
+    """Images uint8 [B, 3, H, W] through the tokenizer's bottleneck and back, alike."""
     tokenizer = path if isinstance(path, Tokenizer) else load_tokenizer(path)
-    return tokenizer.decode(tokenizer.encode(images))
+    return tokenizer.reconstruct(images)[0]
 
 
 def score(path: str | Path, *, only: str | None = None, device: Device | None = None) -> list[dict[str, Any]]:

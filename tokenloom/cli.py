@@ -25,6 +25,7 @@ usage: tokenloom COMMAND --config FILE [--section.key=value ...]
   eval       scores                                       [--only fid|reconstruction|probe]
   report     one page with curves, samples and scores
   export     the finished models alone, to share          --out DIR
+  study      rows of equal cost over seeds, compared      [--only ROW,ROW] [--seeds 0,1] [--report-only]
   speed      images/s, FLOP/s and memory of each stage
   compare    scores of several runs side by side          tokenloom compare a.json b.json
   doctor     versions, device, disk, extras, weights
@@ -147,10 +148,11 @@ def _sample(experiment: Experiment, device: Device, own: argparse.Namespace) -> 
 
     for family, config in experiment.generators(own.only):
         name = f"{family}-seed{own.seed}-num{own.num}" + ("" if own.label is None else f"-label{own.label}")
+        name += f"-by-{Path(own.decoder).name}" if own.decoder else ""
         out = Path(own.out) / family if own.out else experiment.run.folder / "samples" / name
         folder = sample(
             run=experiment.run, config=config, family=family, device=device,
-            num=own.num, label=own.label, seed=own.seed, out=out,
+            num=own.num, label=own.label, seed=own.seed, out=out, decoder=own.decoder,
         )  # fmt: skip
         if device.is_main:
             print(f"{own.num} samples of {family} in {folder}; look at {folder / 'grid.png'}")
@@ -185,6 +187,31 @@ def _speed(experiment: Experiment, device: Device, _: argparse.Namespace) -> Non
     )  # fmt: skip
 
 
+def _study(words: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="tokenloom study", add_help=False, allow_abbrev=False)
+    parser.add_argument("--only", default="", help="these rows alone, separated by commas")
+    parser.add_argument("--seeds", default="", help="these seeds alone, separated by commas")
+    parser.add_argument("--dry-run", action="store_true", help="tell rows, steps, FLOPs and time, train nothing")
+    parser.add_argument("--report-only", action="store_true", help="write the results of what is there, train nothing")
+    own, rest = parser.parse_known_args(list(words))
+    if {"--help", "-h"} & set(words):
+        parser.print_help()
+        print("\nBeside its section `study` the file has those of `tokenloom run`, whose --help lists their keys.\n")
+    from tokenloom.study_config import load_study
+
+    study, base = load_study(rest)
+    only = [name for name in own.only.split(",") if name]
+    if not all(seed.isdigit() for seed in own.seeds.split(",") if own.seeds):
+        raise ValueError(f"--seeds={own.seeds} must be numbers separated by commas, such as 0,1,2")
+    seeds = [int(seed) for seed in own.seeds.split(",") if seed]
+    from tokenloom.study import complain, run_study, tell
+
+    if own.dry_run:
+        print(tell(study, base, only=only, seeds=seeds))
+    else:
+        complain(run_study(study, base, only=only, seeds=seeds, report_only=own.report_only))
+
+
 def _compare(words: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="tokenloom compare", description="Scores of several runs side by side.")
     parser.add_argument("metrics", nargs="+", help="eval/metrics.json of each run")
@@ -216,10 +243,12 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
         label={"type": int, "help": "class to draw; without it all classes take turns"},
         seed={"type": int, "default": 0, "help": "another seed, other samples (default 0)"},
         out={"help": "folder to write to; default: in the run's folder"},
+        decoder={"help": "run whose tokenizer paints the images: one trained with tokenizer.encoder_from"},
     ),
     "eval": _staged("eval", _eval, only={"choices": ("fid", "reconstruction", "probe"), "help": "these scores alone"}),
     "report": _staged("report", _report),
     "export": _staged("export", _export, out={"required": True, "help": "folder to write to"}),
+    "study": _study,
     "speed": _staged("speed", _speed),
     "compare": _compare,
     "doctor": _doctor,

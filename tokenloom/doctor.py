@@ -104,16 +104,16 @@ def _gib(count: int) -> str:
 
 
 def _weights() -> Rows:
-    import torch
-
+    from engine.pretrained import checkpoint_folder
     from eval.features import INCEPTION_FILES
-    from eval.reconstruction import TRUNKS
+    from tokenizer.perceptual import TRUNKS
 
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    folder = checkpoint_folder()
     yield "looked for in", f"{folder} (TORCH_HOME moves it); nothing is downloaded"
     yield "Inception", _first(folder, INCEPTION_FILES) or f"absent ({INCEPTION_FILES[0]}): no FID, only fd_<features>"
     for net, file_name in TRUNKS.items():
-        yield f"LPIPS {net}", _first(folder, (file_name,)) or f"absent ({file_name}): no lpips_{net}"
+        without = f"no lpips_{net}, no perceptual loss lpips:{net}"
+        yield f"LPIPS {net}", _first(folder, (file_name,)) or f"absent ({file_name}): {without}"
 
 
 def _first(folder: Path, names: tuple[str, ...]) -> str | None:

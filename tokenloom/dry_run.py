@@ -21,7 +21,11 @@ from engine.sources import open_images
 from generator.autoregressive import build_network
 from generator.config import AutoregressiveConfig, DiffusionConfig
 from generator.diffusion import build_denoiser
-from tokenizer.model import Tokenizer, count_parameters
+from tokenizer.adversary import passes_per_step
+from tokenizer.config import TokenizerConfig
+from tokenizer.discriminator import build_discriminator
+from tokenizer.model import Tokenizer, count_parameters, to_pixels
+from tokenizer.perceptual import open_perceptual
 from tokenloom.experiment import Experiment
 
 ASSUMED_CLASSES = 1000
@@ -38,6 +42,12 @@ class Stage:
     loss: Callable[..., Tensor]
     tokens: int
     train: TrainConfig
+    factor: float = TRAINING_FACTOR
+    """Operations of a training step, per image, in forward passes."""
+    judges: bool = False
+    """Whether the network is a part of the tokenizer's training, whose images it judges."""
+    learns: bool = True
+    """Whether its weights are trained."""
 
 
 class Trained(nn.Module):
@@ -76,25 +86,49 @@ def dry_run(experiment: Experiment) -> str:
 def build_stages(experiment: Experiment, classes: int) -> Iterator[Stage]:
     """The networks that the experiment has, on the current device."""
     section, size = experiment.tokenizer, experiment.data.size
-    tokenizer = Tokenizer(section.model, section.quantizer, image_size=size)
-    tokens = math.prod(tokenizer.grid)
+    tokenizer = Tokenizer(section.model, section.quantizer, image_size=size, loss=section.loss)
     images = torch.empty(1, 3, size, size)
     yield Stage(
-        name="tokenizer", network=tokenizer, inputs=(images,), loss=reconstruction, tokens=tokens, train=section.train
-    )
+        name="tokenizer", network=tokenizer, inputs=(images,), loss=reconstruction, tokens=math.prod(tokenizer.grid),
+        train=section.train,
+    )  # fmt: skip
+    if section.loss.perceptual:
+        yield perceptual_stage(section, images)
+    if section.loss.adversarial:
+        yield discriminator_stage(section, images)
     for name, family in experiment.generators():
         card = {
-            "grid": tokenizer.grid, "vocab_size": tokenizer.vocab_size, "latent_shape": tokenizer.latent_shape,
+            "grid": tokenizer.grid, "codes_per_token": tokenizer.quantizer.codes_per_token,
+            "vocab_size": tokenizer.vocab_size, "latent_shape": tokenizer.latent_shape,
             "num_classes": 0 if family.model.label_dropout == 1 else classes,
         }  # fmt: skip
         yield generator_stage(name, family, card)
+
+
+def perceptual_stage(section: TokenizerConfig, images: Tensor) -> Stage:
+    """The network of the perceptual loss: both images forwards, and one back to its pixels."""
+    pair = images.clone().requires_grad_(), images
+    return Stage(
+        name="perceptual", network=open_perceptual(section.loss.perceptual_network, blank=True), inputs=pair,
+        loss=distance, tokens=0, train=section.train, factor=1.5, judges=True, learns=False,
+    )  # fmt: skip
+
+
+def discriminator_stage(section: TokenizerConfig, images: Tensor) -> Stage:
+    """The tokenizer's opponent."""
+    config = section.discriminator
+    return Stage(
+        name="discriminator", network=build_discriminator(config, images.shape[-1]), inputs=(images,), loss=judgement,
+        tokens=0, train=section.train, factor=passes_per_step(config), judges=True,
+    )  # fmt: skip
 
 
 def generator_stage(name: str, family: AutoregressiveConfig | DiffusionConfig, card: dict[str, Any]) -> Stage:
     """The network of one family, for the codes or latents that the card describes."""
     labels, tokens = torch.empty(1, dtype=torch.int64), math.prod(card["grid"])
     if isinstance(family, AutoregressiveConfig):
-        vim, codes = build_network(family.model, card), torch.empty(1, tokens, dtype=torch.int64)
+        vim = build_network(family.model, card)
+        tokens, codes = vim.length, torch.empty(1, vim.length, dtype=torch.int64)
         return Stage(name=name, network=vim, inputs=(codes, labels), loss=next_code, tokens=tokens, train=family.train)
     dit, latents = build_denoiser(family.model, card), torch.empty(1, *card["latent_shape"])
     inputs, tokens = (latents, torch.empty(1), labels), tokens // family.model.patch_size**2
@@ -104,7 +138,17 @@ def generator_stage(name: str, family: AutoregressiveConfig | DiffusionConfig, c
 def reconstruction(network: nn.Module, images: Tensor) -> Tensor:
     """The tokenizer's loss, but for its weights."""
     output, _, losses, _ = network(images)
-    return (output.float() - images).square().mean() + sum(losses.values())
+    return (to_pixels(output).float() - images).square().mean() + sum(losses.values())
+
+
+def distance(network: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+    """The perceptual loss."""
+    return network(images, target).mean()
+
+
+def judgement(network: nn.Module, images: Tensor) -> Tensor:
+    """The discriminator's loss on images of one kind."""
+    return F.softplus(network(images).float()).mean()
 
 
 def next_code(network: nn.Module, codes: Tensor, labels: Tensor) -> Tensor:
@@ -124,17 +168,19 @@ def stage_facts(stage: Stage, run: RunConfig, world: int, place: str, precision:
     batch = [tensor.expand(share, *tensor.shape[1:]).clone() for tensor in stage.inputs]
     parameters, forward = count_parameters(stage.network), forward_flops(stage.network, *stage.inputs)
     seen = train.steps * train.batch_size
-    copies = 5 if train.ema else 4  # weight, gradient, two moments of AdamW, average
-    state = copies * FLOAT * parameters // (world if run.parallel == "fsdp" else 1)
+    copies = 5 if train.ema and not stage.judges else 4  # weight, gradient, two moments of AdamW, average
+    state = (copies if stage.learns else 1) * FLOAT * parameters
+    state //= world if run.parallel == "fsdp" and not stage.judges else 1
     activations = saved_bytes(Trained(stage), *batch, bf16=precision == "bf16", device=place)
+    activations *= 3 if stage.judges and stage.learns else 1  # real, reconstructed to learn, reconstructed to teach
     return {
         "parameters": quantity(parameters),
-        "tokens per image": f"{stage.tokens:,}",
+        "tokens per image": f"{stage.tokens:,}" if stage.tokens else "",
         "forward per image": quantity(forward, "FLOP"),
-        "training per image": quantity(TRAINING_FACTOR * forward, "FLOP"),
+        "training per image": quantity(stage.factor * forward, "FLOP"),
         "steps x batch": f"{train.steps:,} x {train.batch_size:,}",
         "images seen": quantity(seen),
-        "training in all": quantity(TRAINING_FACTOR * forward * seen, "FLOP"),
+        "training in all": quantity(stage.factor * forward * seen, "FLOP"),
         "memory per process": memory(state + activations),
         "  weights, gradients, AdamW, EMA": memory(state),
         "  saved for the backward pass": memory(activations),

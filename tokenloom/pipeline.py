@@ -24,6 +24,7 @@ from generator import train as generating
 from generator.condition import check_guidance
 from tokenizer import encode as encoding
 from tokenizer import train as tokenizing
+from tokenizer.perceptual import open_perceptual
 from tokenloom.dry_run import ASSUMED_CLASSES, build_stages
 from tokenloom.experiment import Experiment
 from tokenloom.report import write_report
@@ -55,6 +56,8 @@ def check(experiment: Experiment, device: Device) -> None:
     with torch.device("meta"):
         for stage in build_stages(experiment, ASSUMED_CLASSES):
             part_rows(stage.train.batch_size, 0, device.world * stage.train.accumulate)
+    if experiment.tokenizer.loss.perceptual:
+        open_perceptual(experiment.tokenizer.loss.perceptual_network)
     classes = len(open_images(experiment.data, "train").class_names)
     for family, config in experiment.generators():
         dropout = config.model.label_dropout

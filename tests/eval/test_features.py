@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from eval.classifier import Classifier
-from eval.features import INCEPTION_FILES, inception_file, open_features, read_weights, score_name
+from eval.features import INCEPTION_FILES, inception_file, open_features, score_name
 
 
 def images(n: int = 2, size: int = 32) -> torch.Tensor:
@@ -62,19 +62,6 @@ def test_inception_weights_are_found_in_torch_hubs_folder(tmp_path, monkeypatch)
     assert inception_file(None) == path
     with pytest.raises(ValueError, match=r"sha256 starts with .* not 6726825d"):
         open_features("inception")
-
-
-def test_weights_that_would_run_code_are_refused(tmp_path) -> None:
-    import pickle
-
-    class Evil:
-        def __reduce__(self):
-            return print, ("ran",)
-
-    path = tmp_path / "weights.pth"
-    path.write_bytes(pickle.dumps({"a": Evil()}, protocol=2))
-    with pytest.raises(ValueError, match="not a readable file of weights"):
-        read_weights(path)
 
 
 def test_inception_runs_on_a_given_file(tmp_path) -> None:

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from eval.reconstruction import batch_usage, code_counts, load_lpips, lpips_distance, perplexity, psnr, ssim, usage
+from eval.reconstruction import batch_usage, code_counts, lpips_distance, perplexity, psnr, ssim, usage
+from eval.tokenizer_scores import load_lpips
 
 
 def noise(seed: int, size: int = 24) -> torch.Tensor:
@@ -62,18 +63,18 @@ def test_usage_per_batch_counts_full_batches_only() -> None:
 
 def test_missing_lpips_weights_say_where_they_belong(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(ValueError, match=r"vgg16-397923af\.pth"):
+    expected = r"eval\.lpips=vgg: no trunk weights at .*vgg16-397923af\.pth; put .* eval\.lpips=none"
+    with pytest.raises(ValueError, match=expected):
         load_lpips("vgg", torch.device("cpu"))
 
 
-@pytest.mark.filterwarnings("ignore:The parameter 'pretrained'", "ignore:Arguments other than a weight enum")
 def test_lpips_reads_its_trunk_from_the_checkpoint_folder(tmp_path, monkeypatch) -> None:
     torchvision = pytest.importorskip("torchvision")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
-    torch.save(torchvision.models.AlexNet().state_dict(), folder / "alexnet-owt-7be5be79.pth")
-    network = load_lpips("alex", torch.device("cpu"))
+    torch.save(torchvision.models.squeezenet1_1().state_dict(), folder / "squeezenet1_1-b8a52dc0.pth")
+    network = load_lpips("squeeze", torch.device("cpu"))
     same, other = (lpips_distance(network, noise(0, 64), noise(seed, 64)) for seed in (0, 1))
     assert same.tolist() == [0, 0, 0]
     assert float(other.min()) > 0

@@ -25,7 +25,7 @@ from generator.config import (
 )
 from generator.diffusion import build_denoiser
 from tokenizer.config import TokenizerConfig, TokenizerModelConfig, TowerConfig
-from tokenizer.model import Tokenizer, model_card
+from tokenizer.model import Tokenizer, code_fingerprint, model_card
 
 TOWER = TowerConfig(blocks=1, width=16, heads=2, mlp=32)
 MODEL = TokenizerModelConfig(patch_size=4, vocab_size=32, code_dim=4, encoder=TOWER, decoder=TOWER)
@@ -53,12 +53,12 @@ def run(tmp_path: Path) -> RunConfig:
     run = RunConfig(name="digits", root=str(tmp_path), device="cpu", precision="fp32", threads=1)
     torch.manual_seed(0)
     tokenizer = Tokenizer(MODEL, image_size=16)
-    fingerprint = save_model(run.folder / "tokenizer", tokenizer.state_dict(), model_card(tokenizer))
+    save_model(run.folder / "tokenizer", tokenizer.state_dict(), model_card(tokenizer))
     facts = {"num_classes": 10, "class_names": list("0123456789"), "grid": [4, 4], "vocab_size": 32}
     for (family, config), build in zip(FAMILIES.items(), (build_network, build_denoiser), strict=True):
         told = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("train", "sample")}
         card = {**facts, "kind": "generator", "family": family, "config": told, "latent_shape": [4, 4, 4]}
-        card["tokenizer_fingerprint"] = fingerprint
+        card["tokenizer_fingerprint"] = code_fingerprint(tokenizer)
         save_model(run.folder / family, build(config.model, card).state_dict(), card)
     return run
 

@@ -75,7 +75,7 @@ def test_an_image_depends_on_its_seed_and_label_alone(finished: RunConfig, famil
 @pytest.mark.parametrize("family", FAMILIES)
 def test_another_tokenizer_is_refused(finished: RunConfig, family: str) -> None:
     generator, tokenizer = load_generator(finished.folder, family), load_tokenizer(finished.folder)
-    tokenizer.fingerprint = "f" * 16
+    tokenizer.code_fingerprint = "f" * 16
     with pytest.raises(ValueError, match="not ffffffffffffffff: load the tokenizer of its own run"):
         sample_images(generator, tokenizer, None, [0])
 

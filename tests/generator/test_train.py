@@ -133,7 +133,7 @@ def test_training_beats_the_unigram_entropy_and_ends_with_a_model(run: RunConfig
     assert list((folder / "previews").glob("*samples.png"))
     card, _ = load_model(folder)
     assert (card["family"], card["num_classes"], card["grid"], card["vocab_size"]) == ("autoregressive", 3, [4, 4], 32)
-    assert card["tokenizer_fingerprint"] == load_tokenizer(run.folder).fingerprint
+    assert card["tokenizer_fingerprint"] == load_tokenizer(run.folder).code_fingerprint
     codes = load_generator(run.folder, "autoregressive").sample(torch.tensor([0, 1, 2]), [0, 1, 2], temperature=0)
     assert (codes[:, 1:] == codes[:, :-1] + 1).float().mean() > 0.8
     assert codes[:, 0].tolist() == [0, 7, 14]

@@ -4,6 +4,8 @@ import pytest
 
 from tokenizer.config import (
     TOWERS,
+    CnnConfig,
+    DiscriminatorConfig,
     QuantizerConfig,
     TokenizerConfig,
     TokenizerLossConfig,
@@ -36,7 +38,22 @@ def test_senseless_values_are_refused() -> None:
         QuantizerConfig(revive_after=-1)
     with pytest.raises(ValueError, match=r"loss\.commitment=-0\.5"):
         TokenizerLossConfig(commitment=-0.5)
-    with pytest.raises(ValueError, match=r"loss\.l2 and loss\.l1 are both 0"):
+    with pytest.raises(ValueError, match=r"loss\.l2, loss\.l1 and loss\.logit_laplace are all 0"):
         TokenizerLossConfig(l2=0.0)
+    with pytest.raises(ValueError, match=r"discriminator\.r1_every=0"):
+        DiscriminatorConfig(r1_every=0)
     with pytest.raises(ValueError, match="encode_batch_size=0"):
         TokenizerConfig(encode_batch_size=0)
+
+
+def test_switches_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"loss\.logit_laplace=0\.1 needs model\.output=logit_laplace"):
+        TokenizerConfig(loss=TokenizerLossConfig(logit_laplace=0.1))
+    with pytest.raises(ValueError, match=r"model\.patch_size=8.*halve the image to 2 pixels"):
+        TokenizerModelConfig(architecture="cnn", cnn=CnnConfig(multipliers=(1, 2)))
+    model = TokenizerModelConfig(code_dim=2, vocab_size=16)
+    with pytest.raises(ValueError, match=r"quantizer\.levels=\[4\].*code_dim=2.*fsq needs code_dim levels"):
+        TokenizerConfig(model=model, quantizer=QuantizerConfig(kind="fsq", levels=(4,)))
+    with pytest.raises(ValueError, match=r"lfq has a bit per number, so vocab_size must be 2\^code_dim = 4"):
+        TokenizerConfig(model=model, quantizer=QuantizerConfig(kind="lfq"))
+    assert TokenizerConfig(model=model, quantizer=QuantizerConfig(kind="fsq", levels=(4, 4)))

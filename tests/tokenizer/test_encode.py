@@ -15,7 +15,7 @@ from engine.shards import open_shards
 from engine.sources import open_images
 from tokenizer.config import TokenizerConfig
 from tokenizer.encode import encode_images, view_draws
-from tokenizer.model import Tokenizer, load_tokenizer, model_card
+from tokenizer.model import Tokenizer, code_fingerprint, load_tokenizer, model_card
 
 DATA = DataConfig(source="digits", size=16, workers=0)
 
@@ -37,7 +37,7 @@ def test_both_splits_are_encoded_in_order(run: RunConfig, device: Device) -> Non
     folder = encode_images(run=run, data=DATA, tokenizer=TokenizerConfig(), device=device)
     tokenizer = load_tokenizer(run.folder)
     for split in ("train", "test"):
-        images, shards = open_images(DATA, split), open_shards(folder / split, fingerprint=tokenizer.fingerprint)
+        images, shards = open_images(DATA, split), open_shards(folder / split, fingerprint=tokenizer.code_fingerprint)
         assert len(shards) == len(images) and np.array_equal(shards.labels, images.labels)
         rows = np.array([0, 7, len(images) - 1])
         stored, pixels = shards.load(rows), images.load(rows)["images"]
@@ -78,9 +78,9 @@ def test_what_is_there_is_left_alone_and_what_is_stale_made_anew(
     other_views = encoded(views=2)
     assert other_views != first
     tokenizer.latent_mean += 1
-    fingerprint = save_model(run.folder / "tokenizer", tokenizer.state_dict(), model_card(tokenizer))
+    save_model(run.folder / "tokenizer", tokenizer.state_dict(), model_card(tokenizer))
     assert encoded(views=2) != other_views
-    assert open_shards(run.folder / "codes" / "test").meta["tokenizer_fingerprint"] == fingerprint
+    assert open_shards(run.folder / "codes" / "test").meta["tokenizer_fingerprint"] == code_fingerprint(tokenizer)
 
 
 def test_another_image_size_is_refused(run: RunConfig, device: Device) -> None:

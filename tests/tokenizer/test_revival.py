@@ -1,13 +1,15 @@
-"""K-means start, usage counts and revival."""
+"""K-means start and revival."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tokenizer.quantize import nearest, normalize
-from tokenizer.revival import Usage, gather_rows, perplexity, revive, spherical_kmeans
+from tokenizer.config import QuantizerConfig
+from tokenizer.quantize import Codebook
+from tokenizer.revival import gather_rows, kmeans, revive
+from tokenizer.similarity import nearest, normalize
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -27,7 +29,7 @@ def clusters(num: int = 6, each: int = 20) -> tuple[Tensor, Tensor]:
 
 def test_kmeans_finds_separate_clusters() -> None:
     centres, vectors = clusters()
-    centroids = spherical_kmeans(vectors, 6, generator=generator())
+    centroids = kmeans(vectors, 6, spherical=True, generator=generator())
     assert sorted((centroids @ centres.T).argmax(-1).tolist()) == list(range(6))
     assert (centroids @ centres.T).amax(-1).min() > 0.99
     assert torch.allclose(centroids.norm(dim=-1), torch.ones(6))
@@ -35,68 +37,83 @@ def test_kmeans_finds_separate_clusters() -> None:
 
 def test_kmeans_leaves_no_code_empty_where_vectors_differ() -> None:
     vectors = normalize(torch.randn(40, 4, generator=generator()))
-    centroids = spherical_kmeans(vectors, 32, generator=generator(1), iterations=30)
+    centroids = kmeans(vectors, 32, spherical=True, generator=generator(1), iterations=30)
     assert nearest(vectors, centroids).unique().numel() == 32
+
+
+def test_euclidean_kmeans_tells_lengths_apart_and_is_a_fixed_point() -> None:
+    centres = torch.tensor([[1.0, 0.0], [3.0, 0.0], [9.0, 0.0], [0.0, 5.0]])
+    vectors = (centres[:, None] + 0.1 * torch.randn(4, 25, 2, generator=generator())).flatten(0, 1)
+    centroids = kmeans(vectors, 4, spherical=False, generator=generator())
+    codes = nearest(vectors, centroids, unit=False)
+    means = torch.stack([vectors[codes == code].mean(0) for code in range(4)])
+    assert torch.allclose(centroids, means, atol=1e-5)
+    assert sorted((centroids[:, None] - centres).norm(dim=-1).argmin(-1).tolist()) == [0, 1, 2, 3]
+
+
+def test_euclidean_kmeans_leaves_no_code_empty_where_vectors_differ() -> None:
+    vectors = torch.randn(40, 4, generator=generator())
+    centroids = kmeans(vectors, 32, spherical=False, generator=generator(1), iterations=30)
+    assert nearest(vectors, centroids, unit=False).unique().numel() == 32
 
 
 def test_kmeans_repeats_with_its_seed_and_survives_fewer_vectors_than_codes() -> None:
     _, vectors = clusters()
-    first, again = (spherical_kmeans(vectors[:5], 9, generator=generator(3)) for _ in range(2))
+    first, again = (kmeans(vectors[:5], 9, spherical=True, generator=generator(3)) for _ in range(2))
     assert torch.equal(first, again) and first.isfinite().all()
 
 
-def test_usage_counts_steps_without_a_choice() -> None:
-    usage = Usage(3)
-    usage.update(torch.tensor([2, 0, 0]))
-    usage.update(torch.tensor([0, 1, 0]))
-    assert usage.waited.tolist() == [1, 0, 2]
-    assert usage.share(1) == pytest.approx(1 / 3) and usage.share(2) == pytest.approx(2 / 3)
+def trained(config: QuantizerConfig | None = None) -> tuple[Codebook, torch.optim.AdamW]:
+    """A codebook of 8 codes after one step."""
+    torch.manual_seed(0)
+    quantizer = Codebook(8, 4, config or QuantizerConfig())
+    optimizer = torch.optim.AdamW([quantizer.codebook], lr=0.1)
+    if quantizer.codebook.requires_grad:
+        quantizer.codebook.square().sum().backward()
+        optimizer.step()
+    return quantizer, optimizer
 
 
-def test_a_code_expires_once_and_then_waits_anew_but_is_not_in_use() -> None:
-    usage = Usage(2)
-    for _ in range(3):
-        usage.update(torch.tensor([1, 0]))
-    assert usage.expired(4).tolist() == [False, False]
-    assert usage.expired(3).tolist() == [False, True]
-    assert usage.expired(3).tolist() == [False, False]
-    assert usage.share(100) == 0.5
-
-
-def test_perplexity_of_even_and_single_use() -> None:
-    assert perplexity(torch.full((8,), 5)) == pytest.approx(8)
-    assert perplexity(torch.tensor([0, 9, 0])) == pytest.approx(1)
-
-
-def trained_codebook() -> tuple[nn.Parameter, torch.optim.AdamW]:
-    codebook = nn.Parameter(normalize(torch.randn(8, 4, generator=generator())))
-    optimizer = torch.optim.AdamW([codebook], lr=0.1)
-    codebook.square().sum().backward()
-    optimizer.step()
-    return codebook, optimizer
+DEAD = torch.tensor([True, False] * 4)
 
 
 def test_revival_replaces_dead_rows_only_and_resets_their_moments() -> None:
-    codebook, optimizer = trained_codebook()
+    quantizer, optimizer = trained()
+    codebook = quantizer.codebook
     before, state = codebook.detach().clone(), optimizer.state[codebook]
     moments = {name: state[name].clone() for name in ("exp_avg", "exp_avg_sq")}
-    dead = torch.tensor([True, False] * 4)
     vectors = normalize(torch.randn(50, 4, generator=generator(1)))
-    revive(codebook, dead, vectors, optimizer, device=alone(), generator=generator(2))
-    assert torch.equal(codebook[~dead], before[~dead])
-    assert all((row == vectors).all(dim=1).any() for row in codebook[dead])
+    revive(quantizer, DEAD, vectors, optimizer, device=alone(), generator=generator(2))
+    assert torch.equal(codebook[~DEAD], before[~DEAD])
+    assert all((row == vectors).all(dim=1).any() for row in codebook[DEAD])
     for name, moment in moments.items():
-        assert not state[name][dead].any() and moment[dead].any()
-        assert torch.equal(state[name][~dead], moment[~dead])
+        assert not state[name][DEAD].any() and moment[DEAD].any()
+        assert torch.equal(state[name][~DEAD], moment[~DEAD])
+
+
+@pytest.mark.parametrize("unit", [True, False])
+def test_a_revived_code_survives_the_next_moving_average(unit: bool) -> None:
+    """Its average begins at the vector that replaced it; the other codes' averages go on."""
+    quantizer, optimizer = trained(QuantizerConfig(update="ema", normalize=unit))
+    quantizer.ema_update(torch.full((8,), 3.0), 3 * quantizer.codebook)
+    going_on = quantizer.ema_sums[~DEAD].clone()
+    vectors = quantizer.latents(torch.randn(50, 4, generator=generator(1)))
+    revive(quantizer, DEAD, vectors, optimizer, device=alone(), generator=generator(2))
+    revived = quantizer.codebook.detach().clone()
+    assert all((row == vectors).all(dim=1).any() for row in revived[DEAD])
+    assert torch.equal(quantizer.ema_sums[~DEAD], going_on)
+    quantizer.ema_update(torch.zeros(8), torch.zeros(8, 4))
+    assert torch.allclose(quantizer.codebook[DEAD], revived[DEAD], atol=1e-3)
 
 
 def test_revival_repeats_with_its_seed() -> None:
     vectors = normalize(torch.randn(50, 4, generator=generator(1)))
     results = []
     for seed in (2, 2, 3):
-        codebook, optimizer = trained_codebook()
-        revive(codebook, torch.ones(8, dtype=torch.bool), vectors, optimizer, device=alone(), generator=generator(seed))
-        results.append(codebook.detach())
+        quantizer, optimizer = trained()
+        every = torch.ones(8, dtype=torch.bool)
+        revive(quantizer, every, vectors, optimizer, device=alone(), generator=generator(seed))
+        results.append(quantizer.codebook.detach())
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
 
 

@@ -12,7 +12,15 @@ from engine.config import DataConfig, RunConfig, TrainConfig
 from engine.device import Device, setup
 from engine.images import ImageSet, to_float, to_uint8
 from engine.optim import adamw
-from tokenizer.config import QuantizerConfig, TokenizerConfig, TokenizerLossConfig, TokenizerModelConfig, TowerConfig
+from tokenizer.config import (
+    CnnConfig,
+    DiscriminatorConfig,
+    QuantizerConfig,
+    TokenizerConfig,
+    TokenizerLossConfig,
+    TokenizerModelConfig,
+    TowerConfig,
+)
 from tokenizer.losses import l2, psnr
 from tokenizer.model import Tokenizer, load_tokenizer
 from tokenizer.train import TokenizerTask, measure_latents, start_codebook, train_tokenizer
@@ -151,3 +159,81 @@ def test_a_finished_run_is_left_alone_and_another_is_refused(tmp_path: Path, dev
     assert (folder / "model.json").stat().st_mtime_ns == written
     with pytest.raises(ValueError, match=r"tokenizer\.loss\.commitment: 0\.25 -> 1\.0"):
         trained(tmp_path, device, replace(CONFIG, loss=TokenizerLossConfig(commitment=1.0)))
+
+
+FULL = replace(
+    CONFIG,
+    model=replace(MODEL, output="logit_laplace"),
+    loss=TokenizerLossConfig(logit_laplace=0.1, adversarial=0.1),
+    discriminator=DiscriminatorConfig(channels=8, channel_base=128, start_step=1, r1_every=2, lecam=0.01),
+)
+
+
+def test_all_losses_of_the_paper_train_both_networks(tmp_path: Path, device: Device) -> None:
+    folder = trained(tmp_path, device, FULL)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert "discriminator" not in records[0] and {"logit_laplace", "grad_norm/discriminator"} <= records[0].keys()
+    assert {"adversarial", "discriminator", "logits_real", "r1", "lecam"} <= records[2].keys()
+    assert records[0]["grad_norm/discriminator"] == 0 < records[2]["grad_norm/discriminator"]
+    assert load_tokenizer(tmp_path / "run").config.output == "logit_laplace"
+
+
+PATCHES = DiscriminatorConfig(kind="patchgan", patch_channels=8, patch_layers=1, adaptive=True)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FULL,
+        replace(FULL, discriminator=PATCHES),
+        replace(CONFIG, quantizer=QuantizerConfig(update="ema", revive_after=1, ema_decay=0.8)),
+        replace(CONFIG, quantizer=QuantizerConfig(kind="kl")),
+        replace(CONFIG, quantizer=QuantizerConfig(normalize=False, revive_after=2, gradient="rotation")),
+    ],
+    ids=["full", "patchgan", "ema", "kl", "euclidean"],
+)
+def test_every_recipe_resumes_to_the_bit(config: TokenizerConfig, tmp_path: Path, device: Device) -> None:
+    trained(tmp_path, device, config, name="whole")
+    trained(tmp_path, device, replace(config, train=replace(TRAIN, steps=2)), name="cut")
+    trained(tmp_path, device, config, name="cut")
+    assert load_tokenizer(tmp_path / "whole").fingerprint == load_tokenizer(tmp_path / "cut").fingerprint
+
+
+def test_the_cnn_trains_under_the_same_losses(tmp_path: Path, device: Device) -> None:
+    cnn = CnnConfig(channels=8, multipliers=(1, 1, 2), res_blocks=1)
+    trained(tmp_path, device, replace(FULL, model=replace(FULL.model, architecture="cnn", cnn=cnn)))
+    model = load_tokenizer(tmp_path / "run")
+    assert model.config.cnn == cnn and model.grid == (4, 4)
+
+
+def test_the_adaptive_weight_balances_the_gradients_at_the_last_layer(
+    tokenizer: Tokenizer, squares: ImageSet, device: Device
+) -> None:
+    config = replace(CONFIG, loss=TokenizerLossConfig(adversarial=0.5), discriminator=replace(PATCHES, r1=0.0))
+    task = task_of(tokenizer, squares, device, config)
+    values = task.step(Batches(squares, batch_size=8, seed=0).batch(0), StepRandom(0, 0, 8))
+    layer = tokenizer.decoder.last_layer
+    plain = values["l2"] + values["codebook"] + 0.25 * values["commitment"]
+    gradients = [torch.autograd.grad(value, layer, retain_graph=True)[0] for value in (plain, values["adversarial"])]
+    expected = gradients[0].norm() / (gradients[1].norm() + 1e-4)
+    assert values["adaptive_weight"] == pytest.approx(expected.item(), rel=1e-4)
+    total = plain + 0.5 * expected * values["adversarial"] + values["discriminator"]
+    assert values["loss"].item() == pytest.approx(total.item(), rel=1e-4)
+
+
+def test_a_new_decoder_keeps_the_codes(tmp_path: Path, device: Device) -> None:
+    trained(tmp_path, device, name="first")
+    first = load_tokenizer(tmp_path / "first")
+    larger = replace(MODEL, decoder=TowerConfig(blocks=3, width=32, heads=2, mlp=64))
+    for name, model in (("same", MODEL), ("larger", larger)):
+        config = replace(CONFIG, model=model, encoder_from=str(tmp_path / "first"))
+        trained(tmp_path, device, config, name=name)
+        second = load_tokenizer(tmp_path / name)
+        assert second.code_fingerprint == first.code_fingerprint and second.fingerprint != first.fingerprint
+        images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+        assert torch.equal(second.encode(images), first.encode(images))
+        assert torch.equal(second.to_latents(images), first.to_latents(images))
+        assert not torch.equal(second.decode(second.encode(images)), first.decode(first.encode(images)))
+    config = replace(CONFIG, model=replace(MODEL, vocab_size=16), encoder_from=str(tmp_path / "first"))
+    with pytest.raises(ValueError, match=r"tokenizer\.encoder_from: its encoder or bottleneck differs"):
+        trained(tmp_path, device, config, name="other")

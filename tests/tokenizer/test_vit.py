@@ -22,15 +22,15 @@ def test_patches_come_in_raster_order() -> None:
 
 
 def test_towers_map_images_to_vectors_and_back() -> None:
-    encoder = Encoder(TOWER, grid=(2, 2), patch_size=4, code_dim=5)
-    decoder = Decoder(TOWER, grid=(2, 2), patch_size=4, code_dim=5)
+    encoder = Encoder(TOWER, grid=(2, 2), patch_size=4, out_dim=5)
+    decoder = Decoder(TOWER, grid=(2, 2), patch_size=4, in_dim=5)
     vectors = encoder(torch.randn(3, 3, 8, 8))
     assert vectors.shape == (3, 4, 5)
     assert decoder(vectors).shape == (3, 3, 8, 8)
 
 
 def test_a_token_sees_every_patch_and_its_place() -> None:
-    encoder = Encoder(TOWER, grid=(2, 2), patch_size=4, code_dim=5)
+    encoder = Encoder(TOWER, grid=(2, 2), patch_size=4, out_dim=5)
     images = torch.randn(1, 3, 8, 8)
     changed = images.clone()
     changed[..., 4:, 4:] += 1
@@ -54,7 +54,7 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
 
 def test_attention_is_fused_in_float32_and_written_out_in_bf16_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = fused_calls(monkeypatch)
-    encoder, images = Encoder(TOWER, grid=(2, 2), patch_size=4, code_dim=5), torch.randn(1, 3, 8, 8)
+    encoder, images = Encoder(TOWER, grid=(2, 2), patch_size=4, out_dim=5), torch.randn(1, 3, 8, 8)
     exact = encoder(images)
     assert calls == [torch.float32] * TOWER.blocks
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -67,7 +67,7 @@ def test_attention_is_fused_in_float32_and_written_out_in_bf16_on_a_cpu(monkeypa
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_attention_is_fused_in_bf16_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = fused_calls(monkeypatch)
-    encoder = Encoder(TOWER, grid=(2, 2), patch_size=4, code_dim=5).cuda()
+    encoder = Encoder(TOWER, grid=(2, 2), patch_size=4, out_dim=5).cuda()
     with torch.autocast("cuda", dtype=torch.bfloat16):
         encoder(torch.randn(1, 3, 8, 8, device="cuda"))
     assert calls == [torch.bfloat16] * TOWER.blocks

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from eval.features import INCEPTION_FILES
-from eval.reconstruction import TRUNKS
+from tokenizer.perceptual import TRUNKS
 from tokenloom import doctor as module
 from tokenloom.doctor import doctor
 

@@ -85,7 +85,7 @@ def test_the_python_interface_reconstructs_and_loads(run: Path) -> None:
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     tokenizer = tokenloom.load_tokenizer(run)
     assert torch.equal(tokenloom.reconstruct(run, images), tokenizer.decode(tokenizer.encode(images)))
-    assert tokenloom.load_generator(run, "diffusion").tokenizer_fingerprint == tokenizer.fingerprint
+    assert tokenloom.load_generator(run, "diffusion").tokenizer_fingerprint == tokenizer.code_fingerprint
     with pytest.raises(AttributeError, match="load_tokenizer"):
         tokenloom.load_tokeniser  # noqa: B018
 

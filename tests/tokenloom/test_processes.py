@@ -1,5 +1,6 @@
 """Promise: two processes train to the weights of one, to rounding, through every stage."""
 
+import json
 import os
 import subprocess
 import sys
@@ -29,6 +30,35 @@ def test_two_processes_train_to_the_weights_of_one(tmp_path: Path, parallel: str
         assert one.keys() == two.keys()
         assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-4, stage
     assert (tmp_path / "two" / "smoke" / "report.html").exists()
+
+
+# Every part that processes must agree on: opponent, LeCam's means, moving codes, revival in every step, k-means start.
+ADVERSARIAL = [
+    "--tokenizer.loss.adversarial=0.1", "--tokenizer.discriminator.channels=8", "--tokenizer.discriminator.lecam=0.01",
+    "--tokenizer.discriminator.channel_base=128", "--tokenizer.discriminator.r1_every=4",
+    "--tokenizer.quantizer.update=ema", "--tokenizer.quantizer.revive_after=2", "--tokenizer.train.log_every=1",
+    "--tokenizer.train.steps=8",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_agree_on_codebook_usage_and_opponent(tmp_path: Path, parallel: str) -> None:
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for name, launcher in (("one", []), ("two", two)):
+        words = ["tokenizer", *WORDS[1:], *ADVERSARIAL, f"--run.root={tmp_path / name}", f"--run.parallel={parallel}"]
+        command = [sys.executable, *launcher, "-m", "tokenloom", *words]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+    folders = [tmp_path / name / "smoke" / "tokenizer" for name in ("one", "two")]
+    weights = [load_file(folder / "model.safetensors") for folder in folders]
+    assert max((weights[0][key] - weights[1][key]).abs().max().item() for key in weights[0]) < 1e-4
+    logs = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in folders]
+    told = {"usage", "perplexity", "dead_codes", "revived", "logits_real", "logits_fake", "r1", "l2"}
+    assert told <= logs[0][0].keys()
+    for one, other in zip(*logs, strict=True):
+        for key in told & one.keys():
+            assert one[key] == pytest.approx(other[key], rel=1e-3, abs=1e-4), (key, one["step"])
 
 
 @pytest.mark.slow
