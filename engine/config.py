@@ -104,7 +104,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.99)
     """AdamW's betas."""
     clip_norm: float = 1.0
-    """Largest gradient norm per network; 0 switches clipping off."""
+    """Largest gradient norm per network, a discriminator apart; 0 switches clipping off."""
     ema: float = 0.999
     """Decay of the averaged weights, warmed up over the first steps; 0 switches averaging off."""
     max_bad_steps: int = 5

@@ -6,7 +6,8 @@ import atexit
 import gc
 import inspect
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,28 @@ def setup(run: RunConfig) -> Device:
     else:
         torch.set_float32_matmul_precision("high")
     return device
+
+
+@contextmanager
+def exact_products(device: torch.device | None = None) -> Iterator[None]:
+    """Inside the block, matrix products and convolutions of float32 are float32, not TF32 as `setup` allows on a GPU.
+
+    It is a setting of the process, so a backward pass after the block does not know of it. Autocast is left as it is.
+
+    Args:
+        device: where the products are; a CPU has no TF32, so there nothing is done. Absent: anywhere.
+    """
+    if device is not None and device.type == "cpu":
+        yield
+        return
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def cpu_quota() -> int:

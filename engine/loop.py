@@ -68,7 +68,9 @@ class _Trainer:
         self.task, self.batches, self.train, self.run = task, batches, train, run
         self.device, self.folder = device, folder
         self.step, self.bad_steps, self.skipped = 0, 0, 0
-        self.sums: dict[str, float] = {}  # of metrics over the good steps since the last line of the log
+        # Sums and counts of each metric over the good steps since the last line of the log.
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
         self.parts = range(device.rank * train.accumulate, (device.rank + 1) * train.accumulate)
         self.num_parts = device.world * train.accumulate
         for name, module in task.modules.items():
@@ -142,8 +144,8 @@ class _Trainer:
             average.update(self.task.modules[name])
         self.bad_steps = 0
         self.task.after_step(self.step, metrics, self._rng(stream=4))
-        for key, value in {**metrics, "good_steps": 1.0}.items():
-            self.sums[key] = self.sums.get(key, 0.0) + value
+        for key, value in metrics.items():
+            self.sums[key], self.counts[key] = self.sums.get(key, 0.0) + value, self.counts.get(key, 0) + 1
 
     def _skip(self, metrics: dict[str, float]) -> None:
         """A step that is not finite changes nothing; several in a row stop the run."""
@@ -161,10 +163,10 @@ class _Trainer:
         return dict(zip(totals, self.device.mean(torch.stack(list(totals.values()))).tolist(), strict=True))
 
     def _clipped_norms(self) -> dict[str, float]:
-        """Clips each network's gradient; its norm before that."""
-        limit = self.train.clip_norm or math.inf
+        """Clips each network's gradient, but not an auxiliary one's; its norm before that."""
         norms = {}
         for name, module in self.task.modules.items():
+            limit = math.inf if name in self.task.auxiliary else self.train.clip_norm or math.inf
             norm = nn.utils.clip_grad_norm_(module.parameters(), limit)
             norms[f"grad_norm/{name}"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         return norms
@@ -185,19 +187,20 @@ class _Trainer:
         if figures:
             if metrics is not None:
                 metrics.write(self.step, figures)
-            self.sums = {}
+            self.sums, self.counts = {}, {}
             self.since, self.since_step = time.monotonic(), self.step
         if self._due(self.train.preview_every):
             self._show(metrics)
 
     def _figures(self) -> dict[str, float]:
         """Means over the good steps since the last line, and how fast they went."""
-        good = max(1.0, self.sums.pop("good_steps", 0.0))
-        rates = [group["lr"] for optimizer in self.task.optimizers.values() for group in optimizer.param_groups]
+        rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.task.optimizers.items()}
+        first, *others = rates
         samples = (self.step - self.since_step) * self.train.batch_size
         return {
-            **{key: value / good for key, value in self.sums.items()},
-            "learning_rate": max(rates),
+            **{key: value / self.counts[key] for key, value in self.sums.items()},
+            "learning_rate": rates[first],
+            **{f"learning_rate/{name}": rates[name] for name in others},
             "skipped_steps": float(self.skipped),
             "samples_per_second": samples / max(time.monotonic() - self.since, 1e-9),
         }
@@ -234,7 +237,7 @@ class _Trainer:
 
     def _save(self) -> None:
         weights, averaged, state = resume.capture(self.task.modules, self.task.optimizers, self.averages)
-        progress = {"sums": self.sums, "bad_steps": self.bad_steps, "skipped": self.skipped}
+        progress = {"sums": self.sums, "counts": self.counts, "bad_steps": self.bad_steps, "skipped": self.skipped}
         state |= {"task": self.task.state_dict(), "progress": progress}
         if self.device.is_main:
             folder = self.folder / "checkpoints"
@@ -259,6 +262,7 @@ class _Trainer:
         state = saved[2]
         self.task.load_state_dict(state["task"])
         self.step = state["step"]
-        self.sums, self.bad_steps, self.skipped = (state["progress"][key] for key in ("sums", "bad_steps", "skipped"))
+        for name, value in state["progress"].items():
+            setattr(self, name, value)
         if self.device.is_main:
             print(f"{self.folder}: resuming at step {self.step} of {self.train.steps}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,23 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """A state dict from .safetensors, or from a PyTorch file without running any code in it.
 
     Raises:
-        ValueError: the file is cut, or holds more than weights.
+        ValueError: the file is cut, or holds more or other than weights.
     """
-    from pickle import UnpicklingError
-
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, TypeError) as error:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files make the unpickler stumble in all manner of ways
         raise ValueError(f"{path}: not a readable file of weights ({error})") from error
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path}: holds a {type(state).__name__}, not weights by their names; save a state dict")
+    for name, value in state.items():
+        if not (isinstance(name, str) and isinstance(value, Tensor)):
+            remedy = "save the state dict alone, such as checkpoint['state_dict'] or checkpoint['model']"
+            raise ValueError(f"{path}: {name!r} is a {type(value).__name__}, not a weight; {remedy}")
+    return dict(state)
 
 
 def timm_parts(text: str) -> tuple[str, Path, int | None]:
@@ -40,7 +45,9 @@ def timm_parts(text: str) -> tuple[str, Path, int | None]:
     return (model, Path(file), int(size)) if file and size.isdigit() else (model, Path(path), None)
 
 
-def open_timm(model: str, path: Path, size: int | None, *, key: str, remedy: str = "") -> tuple[Any, dict[str, Any]]:
+def open_timm(
+    model: str, path: Path, size: int | None, *, key: str, remedy: str = "", blank: bool = False
+) -> tuple[Any, dict[str, Any]]:
     """A timm network with the weights of a local file, in float32, and timm's settings of it (mean, std, ...).
 
     It has the classifier that the file has, or none.
@@ -49,28 +56,53 @@ def open_timm(model: str, path: Path, size: int | None, *, key: str, remedy: str
         size: pixels along each side if they are to differ from the network's own.
         key: the setting that asked for it, for messages.
         remedy: what else can be done if the file is not there, for that message.
+        blank: the file must be there, but it is not read, and there is no classifier; for counting.
 
     Raises:
-        ValueError: no such file or model, or the weights do not fit it.
+        ValueError: no such file or model, a model without settings, or weights that do not fit it.
     """
     import timm
 
     if not path.is_file():
         raise ValueError(f"{key}=timm:{model}:{path}: no such weights file (working folder: {Path.cwd()}){remedy}")
-    state = {name: value.float() for name, value in read_weights(path).items()}
-    if not timm.is_model(model):
-        raise ValueError(f"{key}=timm:{model}: timm has no such model; `timm.list_models()` lists them")
-    pretrained = timm.get_pretrained_cfg(model)
-    assert pretrained is not None
-    settings = pretrained.to_dict()
-    head = state.get(f"{settings['classifier']}.weight")
+    settings = _timm_settings(model, key)
+    state = {} if blank else {name: value.float() for name, value in read_weights(path).items()}
+    head = state.get(f"{_classifier(settings)}.weight")
     flexible: dict[str, Any] = {"dynamic_img_size": True} if settings.get("fixed_input_size") and size else {}
-    network = timm.create_model(model, num_classes=0 if head is None else len(head), **flexible)
     try:
-        network.load_state_dict(state)
+        network = timm.create_model(model, num_classes=0 if head is None else len(head), **flexible)
+    except TypeError as error:
+        if not flexible:
+            raise
+        raise ValueError(f"{key}=timm:{model}: it takes images of its own size alone; leave :{size} out") from error
+    try:
+        if not blank:
+            network.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{key}=timm:{model}: the file's weights do not fit this model: {error}") from error
     return network, settings
+
+
+def _timm_settings(model: str, key: str) -> dict[str, Any]:
+    """timm's settings of a model: mean, std, input_size, classifier, ..."""
+    import timm
+
+    if not timm.is_model(model):
+        raise ValueError(f"{key}=timm:{model}: timm has no such model; `timm.list_models()` lists them")
+    try:
+        settings = timm.get_pretrained_cfg(model)
+    except RuntimeError as error:  # a tag that the model does not have
+        raise ValueError(f"{key}=timm:{model}: {error} `timm.list_pretrained()` lists them") from error
+    if settings is None:
+        told = "timm does not say which mean and deviation of the pixels it was trained with"
+        raise ValueError(f"{key}=timm:{model}: {told}; choose one of `timm.list_pretrained()`")
+    return settings.to_dict()
+
+
+def _classifier(settings: dict[str, Any]) -> str:
+    """Name of the classifier, the first of several: a distilled network has a second one for its teacher's answers."""
+    named = settings["classifier"]
+    return named[0] if isinstance(named, tuple) else str(named)
 
 
 def fill_trunk(network: torch.nn.Module, path: Path) -> None:

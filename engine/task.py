@@ -20,7 +20,8 @@ class Task:
     averaged: tuple[str, ...] = ()
     """Names of the networks whose weights are averaged (EMA)."""
     auxiliary: tuple[str, ...] = ()
-    """Names of small networks that serve training alone: every process holds a copy, and they are never compiled."""
+    """Names of small networks that serve training alone: every process holds a copy, they are never compiled, and their
+    gradients are not clipped."""
 
     def step(self, batch: dict[str, Tensor], rng: StepRandom) -> dict[str, Tensor]:
         """Scalars of one part of a batch: `loss`, which is back-propagated, and whatever is worth logging."""

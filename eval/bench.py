@@ -94,8 +94,9 @@ class Bench:
         )
 
     def step(
-        self, name: str, section: Any, source: Source, *, forward: int, tokens: int, build: Callable[[Any], Task]
-    ) -> None:
+        self, name: str, section: Any, source: Source, *, forward: int, tokens: int, build: Callable[[Any], Task],
+        note: str = "",
+    ) -> None:  # fmt: skip
         """Whole steps of the training loop, on the task that `build` makes of a section of the configuration.
 
         `forward` operations and `tokens` are those of one image. The batch shrinks if its step would take too long.
@@ -109,7 +110,8 @@ class Bench:
         images = train.batch_size // self.device.world
         self.end(
             name, times, images=images, batch_size=train.batch_size, tokens=tokens,
-            flops=TRAINING_FACTOR * forward * images, note=cut(train.batch_size, section.train.batch_size),
+            flops=TRAINING_FACTOR * forward * images,
+            note=", ".join(filter(None, [cut(train.batch_size, section.train.batch_size), note])),
         )  # fmt: skip
 
 

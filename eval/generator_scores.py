@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.config import RunConfig, to_dict
-from engine.device import Device
+from engine.device import Device, exact_products
 from engine.images import ImageSet
 from eval.config import EvalConfig
 from eval.features import Extractor
@@ -22,7 +22,6 @@ from eval.judge import (
     data_facts,
     draw_indices,
     drawn_batches,
-    exact_products,
     judge,
     png_batches,
     sample_scores,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from engine.device import exact_products
 from engine.images import ImageSet
 from engine.log import progress
 from eval.distances import frechet_distance, inception_score, kernel_distance, precision_recall
@@ -40,31 +40,18 @@ class Judged(NamedTuple):
     outputs: dict[str, Outputs]
 
 
-@contextlib.contextmanager
-def exact_products() -> Iterator[None]:
-    """Inference in full float32: no TF32, no autocast, so that scores do not depend on the run's precision."""
-    before, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-        torch.backends.cudnn.allow_tf32 = convolutions
-
-
 def judge(
     extractors: Sequence[Extractor], batches: Iterable[Tensor], *, device: torch.device, total: int = 0, title: str = ""
 ) -> Judged:
-    """Run all extractors over batches of uint8 images [B, 3, H, W].
+    """Run all extractors over batches of uint8 images [B, 3, H, W], in full float32 whatever the run's precision.
 
     Raises:
         ValueError: there is no image.
     """
     digest, seen = hashlib.sha256(), 0
     parts: dict[str, list[tuple[Tensor, Tensor | None]]] = {extractor.name: [] for extractor in extractors}
-    with exact_products(), progress(total=total, title=title, unit="image", enabled=bool(title)) as bar:
+    told = progress(total=total, title=title, unit="image", enabled=bool(title))
+    with torch.inference_mode(), exact_products(), told as bar:
         for images in batches:
             digest.update(images.contiguous().numpy().tobytes())
             for extractor in extractors:

@@ -141,7 +141,7 @@ def check(*, data: DataConfig, eval: EvalConfig, device: Device) -> None:
         classes = check_classes(train_set)
         if eval.classifier.path is not None:
             load_classifier(Path(eval.classifier.path), num_classes=classes, device=device)
-    for net in lpips_nets(eval.lpips) if eval.lpips != "auto" else ():
+    for net in lpips_nets(eval.lpips, data.size) if eval.lpips != "auto" else ():
         load_lpips(net, device.device)
 
 

@@ -37,8 +37,10 @@ from generator.diffusion import Diffusion, build_denoiser
 from generator.diffusion_task import DiffusionTask
 from tokenizer.adversary import passes_per_step
 from tokenizer.config import TokenizerConfig
+from tokenizer.costs import training_passes, untrained
 from tokenizer.discriminator import build_discriminator
 from tokenizer.model import Tokenizer
+from tokenizer.perceptual import PERCEPTUAL_PASSES, open_perceptual
 from tokenizer.train import TokenizerTask
 
 RANDOM_ROWS = 512  # of codes, where the run has none yet
@@ -86,22 +88,30 @@ def speed(
 
 
 def measure_tokenizer(bench: Bench, config: TokenizerConfig, images: ImageSet) -> None:
-    """Training steps of the tokenizer on random images of the size of real ones."""
-    model, size = Tokenizer(config.model, config.quantizer, image_size=images.size, loss=config.loss), images.size
+    """Training steps of the tokenizer on random images of the size of real ones; its opponent plays from the first."""
+    config = replace(config, discriminator=replace(config.discriminator, start_step=0, start_patience=0))
+    model, size = untrained(config, images.size), images.size
     bench.step(
         "tokenizer step", config, RandomImages(size), forward=step_flops(model, config), tokens=math.prod(model.grid),
+        note="" if config.encoder_from is None else "the decoder alone learns",
         build=lambda section: TokenizerTask(model, section, test=images, device=bench.device),
     )  # fmt: skip
 
 
 def step_flops(model: Tokenizer, config: TokenizerConfig) -> int:
-    """What a training step computes per image, in operations of a forward pass: the tokenizer and its opponent."""
+    """What a training step computes per image, over TRAINING_FACTOR: the tokenizer, the network of the perceptual loss
+    and the opponent."""
     image = torch.empty(1, 3, model.image_size, model.image_size)
-    flops = forward_flops(model, image)
-    if config.loss.adversarial:
-        opponent = forward_flops(build_discriminator(config.discriminator, model.image_size), image)
-        flops += round(opponent * passes_per_step(config.discriminator) / TRAINING_FACTOR)
-    return flops
+    flops = training_passes(model) * forward_flops(model, image)
+    with torch.device("meta"):
+        if config.loss.perceptual:
+            network = config.loss.perceptual_network
+            distance = open_perceptual(network, image_size=model.image_size, blank=True)
+            flops += PERCEPTUAL_PASSES * forward_flops(distance, image, image)
+        if config.loss.adversarial:
+            opponent = build_discriminator(config.discriminator, model.image_size)
+            flops += passes_per_step(config.discriminator) * forward_flops(opponent, image)
+    return round(flops / TRAINING_FACTOR)
 
 
 def measure_autoregressive_step(

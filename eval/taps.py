@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.device import exact_products
 from engine.images import ImageSet, to_float
 from engine.log import progress
 from eval.config import ProbeConfig
-from eval.judge import data_facts, draw_indices, drawn_batches, exact_products
+from eval.judge import data_facts, draw_indices, drawn_batches
 from eval.probe import TapScore, best_tap, probe_curve
 from eval.protocol import Record, protocol, record
 

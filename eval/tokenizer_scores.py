@@ -16,7 +16,14 @@ from eval.protocol import Record, protocol, record
 from eval.reconstruction import batch_usage, code_counts, lpips_distance, perplexity, psnr, ssim, usage
 from eval.statistics import Estimate, mean_of
 from tokenizer.model import Tokenizer
-from tokenizer.perceptual import TRUNKS, lpips_trunk, open_lpips
+from tokenizer.perceptual import LEAST_SIDE, TRUNKS, check_size, lpips_trunk, open_lpips
+
+SETTINGS = {
+    "psnr": {"range": 255, "over": "images"},
+    "ssim": {"range": 255, "window": "Gaussian 11 x 11, sigma 1.5, inside the image", "over": "channels, images"},
+    "usage": {"over": "all images together"},
+    "usage_256": {"over": "batches of 256 images"},
+}
 
 
 def score_tokenizer(
@@ -31,9 +38,9 @@ def score_tokenizer(
     """psnr, ssim, lpips_<net>, usage, usage_256, perplexity, rfid | rfd_<features>; `weights` says EMA or raw.
 
     Raises:
-        ValueError: eval.lpips names a network whose trunk weights are missing.
+        ValueError: eval.lpips names a network whose trunk weights are missing, or for which the images are too small.
     """
-    nets = {f"lpips_{net}": load_lpips(net, device) for net in lpips_nets(config.lpips)}
+    nets = {f"lpips_{net}": load_lpips(net, device) for net in lpips_nets(config.lpips, test_set.size)}
     indices = draw_indices(np.arange(len(test_set)), config.num_reconstructions, seed=0)
 
     def originals() -> Iterator[Tensor]:
@@ -46,22 +53,34 @@ def score_tokenizer(
         **data_facts(test_set),
         "subject": {"tokenizer": tokenizer.fingerprint, "weights": weights},
     }
-    stated = protocol(**facts, num_real=real.n, reference=real.pixels)
-    scores = pairs.scores().items()
-    records = [record(name, "tokenizer", estimate, n=real.n, protocol=stated) for name, estimate in scores]
+    records = []
+    for name, estimate in pairs.scores().items():
+        stated = protocol(**facts, num_real=real.n, reference=real.pixels, settings=SETTINGS.get(name))
+        records.append(record(name, "tokenizer", estimate, n=real.n, protocol=stated))
     return records + reconstruction_distances(made, real, extractors, facts=facts)
 
 
-def lpips_nets(wish: str) -> list[str]:
-    """Which LPIPS networks to measure with; `auto` takes those whose weights are there, and says so of the others."""
+def lpips_nets(wish: str, image_size: int | None = None) -> list[str]:
+    """Which LPIPS networks to measure with; `auto` takes those whose weights are there and that can judge the images,
+    and says so of the others.
+
+    Raises:
+        ValueError: it names a network that cannot judge images of so many pixels along each side.
+    """
     if wish == "none":
         return []
     if wish != "auto":
+        if image_size is not None:
+            check_size(wish, image_size, setting="eval.lpips=", remedy="set eval.lpips=none")
         return [wish]
     there = [net for net in TRUNKS if lpips_trunk(net).is_file()]
     if not there:
         print(f"lpips left out: no trunk weights in {lpips_trunk('vgg').parent} ({', '.join(TRUNKS.values())})")
-    return there
+    small = [net for net in there if image_size is not None and image_size < LEAST_SIDE[net]]
+    if small:
+        told = ", ".join(f"{net} ({LEAST_SIDE[net]})" for net in small)
+        print(f"lpips left out: images of {image_size} pixels are too small for {told}")
+    return [net for net in there if net not in small]
 
 
 def load_lpips(net: str, device: torch.device) -> nn.Module:
@@ -88,7 +107,7 @@ class Pairs:
             moved = images.to(self.device)
             made, codes = self.tokenizer.reconstruct(moved)             # [B, 3, H, W], [B, T]
             if codes is not None:
-                self.codes.append(codes.cpu())
+                self.codes.append(self.tokenizer.quantizer.distinct(codes).cpu())
             self._keep("psnr", psnr(moved, made))
             if min(images.shape[2:]) >= 11:
                 self._keep("ssim", ssim(moved, made))
@@ -101,8 +120,8 @@ class Pairs:
         found = {name: mean_of(torch.cat(rows)) for name, rows in self.values.items()}
         if not self.codes:
             return found
-        codes, vocab_size = torch.cat(self.codes), self.tokenizer.vocab_size
-        counts, shares = code_counts(codes, vocab_size), batch_usage(codes, vocab_size)
+        codes, num_codes = torch.cat(self.codes), self.tokenizer.vocab_size * self.tokenizer.quantizer.codes_per_token
+        counts, shares = code_counts(codes, num_codes), batch_usage(codes, num_codes)
         found["usage"] = Estimate(usage(counts), None)
         found["perplexity"] = Estimate(perplexity(counts), None)
         if len(shares):

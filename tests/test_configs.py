@@ -96,10 +96,10 @@ def test_every_choice_is_in_its_table_and_nothing_else_is(key: str, table: dict)
     assert set(dict(choices(Experiment))[key]) == set(table)
 
 
-# What a choice needs beside it, in its own section.
+# What a choice needs beside it; a dot in front stands for its own section.
 COMPANIONS = {
-    "exponential": ["final_learning_rate=1e-6"],
-    "fsq": ["levels=[2,2,2,2]"],
+    "exponential": [".final_learning_rate=1e-6"],
+    "fsq": [".levels=[4,4]", "tokenizer.model.code_dim=2"],
 }
 
 
@@ -107,7 +107,8 @@ COMPANIONS = {
 def test_every_choice_can_be_given_on_the_command_line(key: str, values: tuple) -> None:
     for value in values:
         words = [f"--{key}={value}"]
-        words += [f"--{key.rpartition('.')[0]}.{more}" for more in COMPANIONS.get(value, ())]
+        section = key.rpartition(".")[0]
+        words += [f"--{section if more[0] == '.' else ''}{more}" for more in COMPANIONS.get(value, ())]
         experiment: object = load_experiment(["--config", str(SMOKE), *words])
         for part in key.split("."):
             experiment = getattr(experiment, part)

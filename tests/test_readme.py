@@ -8,15 +8,18 @@ import pytest
 
 from tokenloom.cli import COMMANDS
 from tokenloom.experiment import load_experiment
+from tokenloom.study_config import load_study
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-OWN_OPTIONS = {"--only": 1, "--num": 1, "--label": 1, "--seed": 1, "--out": 1, "--dry-run": 0}
+OWN_OPTIONS = {"--only": 1, "--num": 1, "--label": 1, "--seed": 1, "--out": 1, "--decoder": 1, "--dry-run": 0}
+OWN_OPTIONS |= {"--seeds": 1, "--report-only": 0}
 
 
 def commands() -> list[list[str]]:
     """Every tokenloom command of the README and of the headers of configs/, as words after `tokenloom`."""
-    headers = [path.read_text().split("run:")[0].replace("\n#", "\n") for path in (ROOT / "configs").glob("*.yaml")]
+    texts = [path.read_text() for path in (ROOT / "configs").glob("*.yaml")]
+    headers = [re.split(r"^\w", text, maxsplit=1, flags=re.M)[0].replace("\n#", "\n") for text in texts]
     text = "\n".join([README, *headers]).replace("\\\n", " ")
     before = r"^\s*(?:\w+=\S+ )?(?:torchrun .* -m |\.venv/bin/)?"
     return [shlex.split(line) for line in re.findall(before + r"tokenloom (\w+.*--config .*)$", text, flags=re.M)]
@@ -32,7 +35,7 @@ def test_every_command_with_a_configuration_is_understood(words: list[str], monk
             place = rest.index(option)
             del rest[place : place + 1 + values]
     if "..." not in rest:
-        load_experiment(rest)
+        (load_study if command == "study" else load_experiment)(rest)
 
 
 def test_the_readme_has_such_commands() -> None:

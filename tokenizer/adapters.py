@@ -158,10 +158,8 @@ class Residual(Bottleneck):
 
     def __init__(self, vocab_size: int, code_dim: int, config: QuantizerConfig) -> None:
         super().__init__()
-        learned = {"learnable_codebook": True, "ema_update": False, "threshold_ema_dead_code": 0}
-        options = {"rotation_trick": False, "sync_codebook": False, **learned}
-        books = library("residual").ResidualVQ
-        self.rvq = with_constants(books(dim=code_dim, num_quantizers=config.depth, codebook_size=vocab_size, **options))
+        rvq = library("residual").ResidualVQ(dim=code_dim, num_quantizers=config.depth, codebook_size=vocab_size)
+        self.books = nn.Parameter(rvq.codebooks.clone())  # [q, K, D]; in one piece, as sharding takes modules apart
         self.gradient, self.reduction = GRADIENTS[config.gradient], config.reduction
         self.input_dim = self.latent_dim = code_dim
         self.vocab_size, self.codes_per_token = vocab_size, config.depth
@@ -185,7 +183,7 @@ class Residual(Bottleneck):
     @torch.no_grad()
     def nearest(self, latents: Tensor) -> Tensor:
         rest, found = latents.float(), []
-        for book in self.rvq.codebooks:
+        for book in self.books:
             found.append(nearest(rest, book, unit=False))  # [B, T]
             rest = rest - F.embedding(found[-1], book)
         return torch.stack(found, dim=-1).flatten(1)
@@ -196,7 +194,7 @@ class Residual(Bottleneck):
     def _chosen(self, codes: Tensor) -> Tensor:
         """The vectors of every depth, int64 [B, T q] -> [q, B, T, D]."""
         by_depth = codes.unflatten(1, (-1, self.codes_per_token)).unbind(dim=-1)  # q times [B, T]
-        return torch.stack([F.embedding(part, book) for part, book in zip(by_depth, self.rvq.codebooks, strict=True)])
+        return torch.stack([F.embedding(part, book) for part, book in zip(by_depth, self.books, strict=True)])
 
 
 def library(kind: str) -> ModuleType:

@@ -13,6 +13,7 @@ from tokenizer.config import DiscriminatorConfig
 from tokenizer.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, gradient_penalty, lecam
 
 SMOOTHING = 0.99  # of the pixel loss whose standstill starts the game
+PROGRESS = 0.99  # it has improved if it falls below so much of the best
 LECAM_DECAY = 0.999
 
 
@@ -81,8 +82,9 @@ class Adversary:
         """Begin with the next step if it is time and the pixel loss has come to a standstill."""
         last = pixel_loss if math.isnan(self.smoothed) else self.smoothed
         self.smoothed = SMOOTHING * last + (1 - SMOOTHING) * pixel_loss
-        self.waited = 0 if self.smoothed < self.best else self.waited + 1
-        self.best = min(self.best, self.smoothed)
+        improved = self.smoothed < PROGRESS * self.best
+        self.waited = 0 if improved else self.waited + 1
+        self.best = self.smoothed if improved else self.best
         self.begun = step + 1 >= self.config.start_step and self.waited >= self.config.start_patience
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -47,6 +48,13 @@ class Bottleneck(nn.Module):
     def lookup(self, codes: Tensor) -> Tensor:
         """What the decoder sees of codes, int64 [B, T * codes_per_token] -> float32 [B, T, latent_dim]."""
         raise NotImplementedError
+
+    def distinct(self, codes: Tensor) -> Tensor:
+        """Codes int64 [B, T * codes_per_token] numbered so that those of different codebooks differ, for counting."""
+        if self.codes_per_token == 1:
+            return codes
+        depth = torch.arange(codes.shape[1], device=codes.device) % self.codes_per_token
+        return codes + depth * self.vocab_size
 
     def snap(self, latents: Tensor) -> Tensor:
         """What the decoder would see of latents, float32 [B, T, latent_dim] -> alike."""

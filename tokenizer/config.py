@@ -110,13 +110,13 @@ class QuantizerConfig:
     normalize: bool = True
     """Codebook: vectors and codes have length 1 and the nearest is chosen by cosine; false: plain Euclidean vectors."""
     gradient: Literal["straight_through", "rotation"] = "straight_through"
-    """Codebook: how the decoder's gradient crosses the nearest-code choice."""
+    """Codebook, SimVQ, residual: how the decoder's gradient crosses the nearest-code choice."""
     update: Literal["gradient", "ema"] = "gradient"
     """Codebook: codes follow the gradient of the codebook loss, or a moving average of the vectors that chose them."""
     ema_decay: float = 0.99
     """Codebook: decay of that moving average per step."""
     reduction: Literal["mean", "sum"] = "mean"
-    """Codebook and commitment losses are a mean or a sum over the code's dimensions; the papers leave it open."""
+    """Codebook and commitment losses are a mean or a sum over the code's numbers; the papers leave it open."""
     kmeans_start: bool = True
     """Codebook: start from the k-means centroids of training vectors instead of random directions."""
     revive_after: int = 100
@@ -190,7 +190,7 @@ class DiscriminatorConfig:
     start_step: int = 0
     """Step before which there is no adversarial loss."""
     start_patience: int = 0
-    """From start_step on, wait until the pixel loss has not improved for so many steps; 0 does not wait."""
+    """From start_step on, wait until the pixel loss has not improved by 1 % for so many steps; 0 does not wait."""
     r1: float = 10.0
     """Weight gamma of the gradient penalty on real images."""
     r1_every: int = 16
@@ -243,6 +243,7 @@ class TokenizerConfig:
             if getattr(self, key) < 1:
                 raise ValueError(f"tokenizer.{key}={getattr(self, key)} must be at least 1")
         check_bottleneck(self.model, self.quantizer)
+        check_switches(self.quantizer, self.loss)
         if self.loss.logit_laplace and self.model.output != "logit_laplace":
             raise ValueError(
                 f"loss.logit_laplace={self.loss.logit_laplace} needs model.output=logit_laplace, not "
@@ -253,9 +254,33 @@ class TokenizerConfig:
 def check_bottleneck(model: TokenizerModelConfig, quantizer: QuantizerConfig) -> None:
     """Raise ValueError if the vocabulary is not what the code's numbers can spell."""
     kind, dim, vocab_size = quantizer.kind, model.code_dim, model.vocab_size
+    if kind == "fsq" and any(level < 3 for level in quantizer.levels):
+        raise ValueError(f"quantizer.levels={list(quantizer.levels)}: fsq needs at least 3 levels for each number")
     if kind == "fsq" and (len(quantizer.levels) != dim or math.prod(quantizer.levels) != vocab_size):
         told = f"quantizer.levels={list(quantizer.levels)}, model.code_dim={dim}, model.vocab_size={vocab_size}"
         raise ValueError(f"{told}: fsq needs code_dim levels whose product is vocab_size, such as 8, 5, 5, 5 for 1000")
     if kind in ("lfq", "bsq") and 2**dim != vocab_size:
         told = f"model.code_dim={dim}, model.vocab_size={vocab_size}"
         raise ValueError(f"{told}: {kind} has a bit per number, so vocab_size must be 2^code_dim = {2**dim}")
+
+
+# Settings that only some bottlenecks read.
+READERS = {
+    "normalize": ("codebook",),
+    "update": ("codebook",),
+    "ema_decay": ("codebook",),
+    "gradient": ("codebook", "simvq", "residual"),
+    "levels": ("fsq",),
+    "depth": ("residual",),
+}
+
+
+def check_switches(quantizer: QuantizerConfig, loss: TokenizerLossConfig) -> None:
+    """Raise ValueError for a setting that was changed and that this kind of bottleneck would not read."""
+    for key, readers in READERS.items():
+        value = getattr(quantizer, key)
+        if quantizer.kind not in readers and value != getattr(QuantizerConfig(), key):
+            told = f"quantizer.{key}={list(value) if isinstance(value, tuple) else value}"
+            raise ValueError(f"{told} has no effect with quantizer.kind={quantizer.kind}: leave it out")
+    if loss.entropy and quantizer.kind not in ("codebook", "lfq", "bsq"):
+        raise ValueError(f"loss.entropy={loss.entropy}: quantizer.kind={quantizer.kind} has no entropy loss; use 0")

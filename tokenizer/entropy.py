@@ -11,20 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from engine.device import exact_products
 from tokenizer.similarity import rows_at_once
 
 SMALLEST = torch.finfo(torch.float32).tiny  # keeps the logarithm of a vanished probability finite
 
 
+@torch.compiler.disable  # as `nearest`
 def code_entropy(vectors: Tensor, book: Tensor, *, temperature: float, unit: bool) -> Tensor:
-    """E[H(p)] - H(E[p]), a scalar between -ln K and 0, with p = softmax(similarity / temperature) over the codes.
+    """E[H(p)] - H(E[p]), a scalar between -ln K and 0, with p = softmax(-|z - e|^2 / temperature) over the codes.
 
-    The token-by-code matrix is computed a tile at a time, and again in the backward pass.
+    The token-by-code matrix is computed a tile at a time, and again in the backward pass, in full float32: a small
+    temperature magnifies rounding.
 
     Args:
         vectors: float32 [..., D]
         book: float32 [K, D]
-        unit: the similarity is the inner product; else it is minus the squared distance.
+        unit: all codes have length 1, so that |e|^2 need not be computed.
     """
     flat = vectors.reshape(-1, vectors.shape[-1])  # [N, D]
     entropies, totals = [], []
@@ -40,9 +43,10 @@ def code_entropy(vectors: Tensor, book: Tensor, *, temperature: float, unit: boo
 
 def _entropy_of_tile(vectors: Tensor, book: Tensor, temperature: float, unit: bool) -> tuple[Tensor, Tensor]:
     """The vectors' entropies added up, a scalar, and so their probabilities, [K]."""
-    similarities = vectors @ book.T  # [N, K]
-    if not unit:  # |z|^2 is the same for all codes, which the softmax does not see
-        similarities = 2 * similarities - book.square().sum(dim=1)
+    with exact_products(book.device):
+        similarities = 2 * vectors @ book.T  # [N, K]
+    if not unit:  # |z|^2, and |e|^2 of unit codes, are the same for all codes, which the softmax does not see
+        similarities = similarities - book.square().sum(dim=1)
     logits = similarities / temperature
     p, log_p = F.softmax(logits, dim=-1), F.log_softmax(logits, dim=-1)  # faster than exp(log_p), which is slow near 0
     return -(p * log_p).sum(), p.sum(dim=0)

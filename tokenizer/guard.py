@@ -14,11 +14,12 @@ class Guard:
     """Counts for how many steps in a row each rule has been broken.
 
     Args:
+        kind: of the bottleneck, which decides the remedy.
         reachable: share of the codebook that the tokens behind the figure `usage` could use at most.
     """
 
-    def __init__(self, *, reachable: float = 1.0) -> None:
-        self.reachable = min(1.0, reachable)
+    def __init__(self, *, kind: str = "codebook", reachable: float = 1.0) -> None:
+        self.reachable, self.remedy = min(1.0, reachable), REMEDIES.get(kind, REMEDIES["codebook"])
         self.streaks = {"collapse": 0, "victory": 0}
 
     def after_step(self, step: int, metrics: Mapping[str, float]) -> list[str]:
@@ -29,7 +30,7 @@ class Guard:
         }
         self.streaks = {rule: self.streaks[rule] + 1 if broken[rule] else 0 for rule in self.streaks}
         due = [rule for rule, streak in self.streaks.items() if streak == PATIENCE]
-        messages = [MESSAGES[rule].format(step=step, **metrics) for rule in due]
+        messages = [MESSAGES[rule].format(step=step, remedy=self.remedy, **metrics) for rule in due]
         for message in messages:
             warnings.warn(message, stacklevel=2)
         return messages
@@ -37,12 +38,23 @@ class Guard:
 
 MESSAGES = {
     "collapse": (
-        f"step {{step}}: the codebook has collapsed, {PATIENCE} steps with few codes in use (now {{usage:.1%}}). Lower "
-        "tokenizer.model.code_dim (8 is safe), keep tokenizer.quantizer.normalize and kmeans_start on and revive_after "
-        "above 0, or warm up longer"
+        f"step {{step}}: the codebook has collapsed, {PATIENCE} steps with few codes in use (now {{usage:.1%}}). "
+        "{remedy}, or warm up longer"
     ),
     "victory": (
         "step {step}: the discriminator tells {discriminator_accuracy:.0%} of the images apart and teaches little. "
         "Raise tokenizer.discriminator.r1, lower its learning_rate, add lecam=0.001, or begin later with start_step"
     ),
+}
+
+REMEDIES = {
+    "codebook": (
+        "Lower tokenizer.model.code_dim (8 is safe), keep tokenizer.quantizer.normalize and kmeans_start on and "
+        "revive_after above 0"
+    ),
+    "fsq": "Use fewer tokenizer.quantizer.levels",
+    "lfq": "Give tokenizer.loss.entropy a weight, such as 0.1",
+    "bsq": "Give tokenizer.loss.entropy a weight, such as 0.1",
+    "simvq": "Raise tokenizer.loss.codebook, or lower tokenizer.model.code_dim",
+    "residual": "Lower tokenizer.quantizer.depth or tokenizer.model.code_dim",
 }

@@ -200,13 +200,21 @@ def model_card(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def code_fingerprint(tokenizer: Tokenizer) -> str:
     """16 hex digits of all that decides codes and latents: encoder, bottleneck, scale and shift; not the decoder."""
-    model, quantizer = tokenizer.config, tokenizer.bottleneck
-    sizes = [model.architecture, tokenizer.image_size, model.patch_size, model.vocab_size, model.code_dim]
-    marking = hashlib.sha256(json.dumps([*sizes, quantizer.kind, quantizer.levels, quantizer.normalize]).encode())
+    marking = hashlib.sha256(json.dumps(code_settings(tokenizer)).encode())
     for name, value in sorted(tokenizer.state_dict().items()):
         if not name.startswith("decoder."):
             marking.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return marking.hexdigest()[:16]
+
+
+def code_settings(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The settings, JSON-ready, that decide codes and latents beside the weights."""
+    model, quantizer = tokenizer.config, tokenizer.bottleneck
+    tower = asdict(model.cnn if model.architecture == "cnn" else model.towers[0])
+    shape = {"image_size": tokenizer.image_size, "patch_size": model.patch_size, "code_dim": model.code_dim}
+    codes = {key: getattr(quantizer, key) for key in ("kind", "normalize", "levels", "depth")}
+    told = {"architecture": model.architecture, "encoder": tower, "vocab_size": model.vocab_size, **shape, **codes}
+    return json.loads(json.dumps(told))
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -222,6 +230,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if card.get("kind") != "tokenizer":
         raise ValueError(f"{folder / 'model.json'} describes a {card.get('kind')!r}, not a tokenizer")
     config = card["config"]
+    if "quantizer" not in config:
+        raise ValueError(f"{folder} holds a tokenizer of an older version of this program: train it again")
     with torch.device("meta"):
         tokenizer = Tokenizer(
             model_config(config["model"]), quantizer_config(config["quantizer"]), image_size=config["image_size"]

@@ -17,29 +17,35 @@ TRUNKS = {
     "vgg": "vgg16-397923af.pth",
     "squeeze": "squeezenet1_1-b8a52dc0.pth",
 }
+LEAST_SIDE = {"alex": 31, "vgg": 16, "squeeze": 17}  # pixels; of smaller images nothing would reach the last stage
+PERCEPTUAL_PASSES = 1.5  # forward passes of a pair that a training step costs: both forwards, one back to its pixels
 
 
-def open_perceptual(spec: str, *, blank: bool = False) -> nn.Module:
+def open_perceptual(spec: str, *, image_size: int | None = None, blank: bool = False) -> nn.Module:
     """The distance that loss.perceptual_network names: (images, target), both [B, 3, H, W] in [-1, 1] -> float32 [B].
 
     Frozen, in eval mode, differentiable with respect to the images. Opening it leaves the random numbers alone.
 
     Args:
         spec: lpips:<net>[:<trunk file>] or timm:<model>:<weights file>[:<input size>].
-        blank: an LPIPS trunk may do without its weights, for counting.
+        image_size: pixels along each side of the images, to be told now if LPIPS cannot judge images so small.
+        blank: without the weights, for counting; an LPIPS trunk need not be there, but timm's file must.
 
     Raises:
-        ValueError: an unknown network, or weights that are missing or do not fit; says where they were looked for.
+        ValueError: an unknown network, too small images, or weights that are missing or do not fit; says where they
+            were looked for.
     """
     kind, _, rest = spec.partition(":")
     name, _, file = rest.partition(":")
-    if kind == "lpips" and name in TRUNKS and blank:
-        return Lpips(name, None)
     if kind == "lpips" and name in TRUNKS:
+        if image_size is not None:
+            check_size(name, image_size, setting=f"{KEY}=lpips:", remedy="set tokenizer.loss.perceptual=0")
+        if blank:
+            return Lpips(name, None)
         remedy = f"give a file, {KEY}=lpips:{name}:FILE, or set tokenizer.loss.perceptual=0"
         return open_lpips(name, Path(file) if file else lpips_trunk(name), asked=f"{KEY}={spec}", remedy=remedy)
     if kind == "timm" and file:
-        return TimmDistance(*timm_parts(rest))
+        return TimmDistance(*timm_parts(rest), blank=blank)
     known = ", ".join(f"lpips:{net}" for net in TRUNKS)
     raise ValueError(
         f"{KEY}={spec!r} is unknown: use {known} (with :<trunk file> if it is not in torch hub's folder), or "
@@ -50,6 +56,18 @@ def open_perceptual(spec: str, *, blank: bool = False) -> nn.Module:
 def lpips_trunk(net: str) -> Path:
     """Where the trunk of LPIPS is looked for: torch hub's checkpoint folder, under torchvision's file name."""
     return checkpoint_folder() / TRUNKS[net]
+
+
+def check_size(net: str, image_size: int, *, setting: str, remedy: str) -> None:
+    """Raise ValueError if an LPIPS network cannot judge images of so many pixels along each side.
+
+    Args:
+        setting: what asked for it, but for the network's name; for the message, as is `remedy`.
+    """
+    if image_size < LEAST_SIDE[net]:
+        fitting = [f"use {setting}{other}, " for other, least in LEAST_SIDE.items() if least <= image_size]
+        told = f"{setting}{net} needs images of at least {LEAST_SIDE[net]} pixels along each side"
+        raise ValueError(f"{told}, but data.size={image_size}: {''.join(fitting[:1])}raise data.size, or {remedy}")
 
 
 def open_lpips(net: str, trunk: Path, *, asked: str, remedy: str) -> Lpips:
@@ -118,17 +136,18 @@ class Lpips(FeatureDistance):
 class TimmDistance(FeatureDistance):
     """The feature maps of a timm network, all stages of a CNN or all blocks of a ViT, every channel alike.
 
-    Images keep their size if the network takes any, and no other is given; else they are resized (bicubic).
+    Images keep their size if the network takes any, and no other is given; else they are resized (bicubic). A blank one
+    has random weights.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: str, path: Path, size: int | None) -> None:
+    def __init__(self, model: str, path: Path, size: int | None, *, blank: bool = False) -> None:
         super().__init__()
         remedy = "; give one, or set tokenizer.loss.perceptual=0"
         with torch.random.fork_rng(devices=[]):
-            self.network, settings = open_timm(model, path, size, key=KEY, remedy=remedy)
+            self.network, settings = open_timm(model, path, size, key=KEY, remedy=remedy, blank=blank)
         if not hasattr(self.network, "forward_intermediates"):
             raise ValueError(f"{KEY}=timm:{model}: timm gives no intermediate features of it; choose another model")
         self.size = size or (settings["input_size"][-1] if settings.get("fixed_input_size") else None)

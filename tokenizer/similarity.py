@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.device import exact_products
+
 MAX_SIMILARITIES = 2**24  # entries of one token-by-code tile: 64 MiB in float32
 CACHED_SIMILARITIES = 2**20  # on a CPU, for each thread: what stays in its cache between the product and the maximum
 CACHED_ROWS = 64  # but a thinner tile would multiply slowly
@@ -19,9 +21,12 @@ def normalize(vectors: Tensor) -> Tensor:
     return F.normalize(vectors, dim=-1)
 
 
+@torch.compiler.disable  # a compiled product would keep the process's precision, and the tiles would be unrolled
 @torch.no_grad()
 def nearest(vectors: Tensor, book: Tensor, *, unit: bool = True, max_similarities: int = MAX_SIMILARITIES) -> Tensor:
     """The nearest code of each vector, the first of several: [..., D], [K, D] -> int64 [...].
+
+    Products are full float32, as TF32 has ten bits of mantissa, too few to tell codes of a large book apart.
 
     Args:
         unit: vectors and codes have length 1, so that the largest inner product is the nearest; else by Euclidean
@@ -30,7 +35,7 @@ def nearest(vectors: Tensor, book: Tensor, *, unit: bool = True, max_similaritie
     """
     flat = vectors.reshape(-1, vectors.shape[-1])  # [N, D]
     rows = max(1, min(rows_at_once(len(book), book.device), max_similarities // len(book)))
-    with torch.autocast(book.device.type, enabled=False):
+    with torch.autocast(book.device.type, enabled=False), exact_products(book.device):
         if unit:
             codes = [first_largest(part @ book.T) for part in flat.split(rows)]
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.batches import Batches, StepRandom, mix
+from engine.batches import Batches, StepRandom, mix, part_rows
 from engine.checkpoint import newest_whole, save_model
-from engine.config import DataConfig, RunConfig, to_dict
+from engine.config import DataConfig, RunConfig, difference, to_dict
 from engine.device import Device
 from engine.images import ImageSet, to_float, to_uint8
 from engine.loop import fit
@@ -22,10 +23,11 @@ from engine.sources import open_images
 from engine.task import Task
 from tokenizer.adversary import Adversary
 from tokenizer.config import TokenizerConfig
-from tokenizer.discriminator import build_discriminator
+from tokenizer.costs import untrained
+from tokenizer.discriminator import build_discriminator, group_size
 from tokenizer.guard import Guard
 from tokenizer.losses import adaptive_weight, l1, l2, logit_laplace, psnr
-from tokenizer.model import Tokenizer, code_fingerprint, load_tokenizer, model_card, to_pixels
+from tokenizer.model import Tokenizer, code_fingerprint, code_settings, load_tokenizer, model_card, to_pixels
 from tokenizer.perceptual import open_perceptual
 from tokenizer.quantize import Codebook
 from tokenizer.revival import VECTORS_PER_CODE, kmeans, revive
@@ -47,16 +49,18 @@ class TokenizerTask(Task):
         self.config, self.test, self.device, self.tokenizer = config, test, device, tokenizer
         self.modules: dict[str, nn.Module] = {"tokenizer": tokenizer}
         self.optimizers: dict[str, torch.optim.Optimizer] = {"tokenizer": adamw(tokenizer, config.train)}
-        self.vocab_size = tokenizer.vocab_size
         self.codebook = tokenizer.quantizer if isinstance(tokenizer.quantizer, Codebook) else None
         if config.encoder_from is not None:
             self.codebook = None  # it is frozen
-        self.usage = Usage(self.vocab_size, codes_per_step=config.train.batch_size * tokenizer.length)
-        self.guard = Guard(reachable=USAGE_IMAGES * tokenizer.length / max(1, self.vocab_size))
+        self.num_codes = tokenizer.vocab_size * tokenizer.quantizer.codes_per_token  # in all codebooks together
+        self.usage = Usage(self.num_codes, codes_per_step=config.train.batch_size * tokenizer.length)
+        reachable = USAGE_IMAGES * tokenizer.length / max(1, self.num_codes)
+        self.guard = Guard(kind=config.quantizer.kind, reachable=reachable)
         self.perceptual: nn.Module | None = None
         self.adversary: Adversary | None = None
         if config.loss.perceptual:
-            self.perceptual = open_perceptual(config.loss.perceptual_network).to(device.device)
+            spec, size = config.loss.perceptual_network, tokenizer.image_size
+            self.perceptual = open_perceptual(spec, image_size=size).to(device.device)
         if config.loss.adversarial:
             self._add_discriminator()
         self.before_step()
@@ -65,6 +69,10 @@ class TokenizerTask(Task):
         settings = self.config.discriminator
         if settings.adaptive and self.device.parallel == "fsdp":
             raise ValueError("discriminator.adaptive=true needs the whole last layer: use run.parallel=ddp")
+        share = part_rows(self.config.train.batch_size, 0, self.device.world * self.config.train.accumulate).stop
+        if settings.kind == "stylegan2" and share > 1 and group_size(share, 1) == 1:
+            told = f"discriminator.kind=stylegan2: {share} images at a time make no groups of 2 to 4"
+            warnings.warn(f"{told} for its minibatch deviation; choose an even share of train.batch_size", stacklevel=2)
         network = build_discriminator(settings, self.tokenizer.image_size).to(self.device.device)
         peak = settings.learning_rate or self.config.train.learning_rate
         self.modules["discriminator"] = network
@@ -74,7 +82,7 @@ class TokenizerTask(Task):
 
     def before_step(self) -> None:
         """Forget the codes of a step that was skipped."""
-        self.counts = torch.zeros(self.vocab_size, device=self.device.device)
+        self.counts = torch.zeros(self.num_codes, device=self.device.device)
         self.vectors: list[Tensor] = []
         self.codes: list[Tensor] = []
 
@@ -121,15 +129,15 @@ class TokenizerTask(Task):
 
     def _keep(self, codes: Tensor, stats: dict[str, Tensor]) -> None:
         """What after_step needs, over all parts of the batch."""
-        ones = torch.ones(codes.numel(), device=codes.device)
-        self.counts.index_add_(0, codes.flatten(), ones)  # bincount would wait for the device
+        ones, distinct = torch.ones(codes.numel(), device=codes.device), self.tokenizer.quantizer.distinct(codes)
+        self.counts.index_add_(0, distinct.flatten(), ones)  # bincount would wait for the device
         if self.codebook is not None:
             self.vectors.append(stats["vectors"].flatten(0, 1))  # [N, D]
             self.codes.append(codes.flatten())  # [N]
 
     def after_step(self, step: int, metrics: dict[str, float], rng: StepRandom) -> None:
         """Count the codes of all processes, move and revive codes, add figures to the metrics, warn if they are bad."""
-        if self.vocab_size:
+        if self.num_codes:
             counts = self.device.sum(self.counts)
             self.usage.update(counts)
             metrics |= {
@@ -141,6 +149,7 @@ class TokenizerTask(Task):
                 self._move_codes(self.codebook, counts)
                 metrics["revived"] = self._revive(self.codebook, rng)
         if self.adversary is not None:
+            metrics["adversary"] = float(self.adversary.begun)
             self.adversary.after_step(step, metrics)
         if self.device.is_main:
             self.guard.after_step(step, metrics)
@@ -149,7 +158,7 @@ class TokenizerTask(Task):
         """Let codes that follow a moving average follow it."""
         if self.config.quantizer.update == "ema":
             vectors, codes = torch.cat(self.vectors), torch.cat(self.codes)  # [N, D], [N]
-            sums = vectors.new_zeros(self.vocab_size, vectors.shape[1]).index_add_(0, codes, vectors)
+            sums = vectors.new_zeros(self.num_codes, vectors.shape[1]).index_add_(0, codes, vectors)
             codebook.ema_update(counts, self.device.sum(sums))
 
     def _revive(self, codebook: Codebook, rng: StepRandom) -> int:
@@ -165,15 +174,15 @@ class TokenizerTask(Task):
 
     def validate(self) -> dict[str, float]:
         """PSNR in dB per image, and the share of codes used, over the first test images."""
-        qualities, used = [], torch.zeros(self.vocab_size, dtype=torch.bool)
+        qualities, used = [], torch.zeros(self.num_codes, dtype=torch.bool)
         stop = min(len(self.test), VALIDATION_IMAGES)
         for batch in self.test.in_order(self.config.encode_batch_size, stop=stop):
             images, codes = self._reconstruct(batch["images"])
             qualities.append(psnr(images, batch["images"]))
             if codes is not None:
-                used[codes.flatten()] = True
+                used[self.tokenizer.quantizer.distinct(codes).flatten()] = True
         figures = {"psnr": torch.cat(qualities).mean().item()}
-        return figures | ({"usage": used.double().mean().item()} if self.vocab_size else {})
+        return figures | ({"usage": used.double().mean().item()} if self.num_codes else {})
 
     def preview(self) -> dict[str, Tensor]:
         """Test images, each followed by its reconstruction."""
@@ -212,7 +221,7 @@ def train_tokenizer(*, run: RunConfig, data: DataConfig, tokenizer: TokenizerCon
     if is_finished(folder, identity):
         return folder
     torch.manual_seed(run.seed)
-    model = Tokenizer(tokenizer.model, tokenizer.quantizer, image_size=data.size, loss=tokenizer.loss)
+    model = untrained(tokenizer, data.size)
     if source is not None:
         take_over(model, source)
     model.to(device.device)
@@ -237,25 +246,20 @@ def train_tokenizer(*, run: RunConfig, data: DataConfig, tokenizer: TokenizerCon
 
 
 def take_over(model: Tokenizer, source: Tokenizer) -> None:
-    """Copy and freeze the encoder and bottleneck of `source`, and its decoder as a start if the sizes agree.
+    """Copy the encoder and bottleneck of `source`, and its decoder as a start if the sizes agree.
 
     Raises:
-        ValueError: encoder or bottleneck differ in size or kind.
+        ValueError: settings of the encoder or of the bottleneck differ.
     """
-    kept, own = (
-        {name: value for name, value in each.state_dict().items() if not name.startswith("decoder.")}
-        for each in (source, model)
-    )
-    shapes = [{name: value.shape for name, value in state.items()} for state in (kept, own)]
-    differing = [name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name)]
-    if differing or model.bottleneck.kind != source.bottleneck.kind or model.image_size != source.image_size:
+    changes = difference(code_settings(source), code_settings(model))
+    if changes:
+        told = ", ".join(f"{key} {before!r} -> {after!r}" for key, (before, after) in changes.items())
         raise ValueError(
-            f"tokenizer.encoder_from: its encoder or bottleneck differs from this configuration's (first in "
-            f"{min(differing, default='data.size or quantizer.kind')}): only the decoder may change"
+            f"tokenizer.encoder_from: encoder and bottleneck must be those of the run that it names, but {told}; only "
+            "the decoder may change"
         )
+    kept = {name: value for name, value in source.state_dict().items() if not name.startswith("decoder.")}
     model.load_state_dict({**model.state_dict(), **kept})
-    for part in (model.encoder, model.quantizer):
-        part.requires_grad_(False)
     decoder = source.decoder.state_dict()
     if {name: value.shape for name, value in decoder.items()} == {
         name: value.shape for name, value in model.decoder.state_dict().items()

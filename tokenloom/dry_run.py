@@ -23,9 +23,10 @@ from generator.config import AutoregressiveConfig, DiffusionConfig
 from generator.diffusion import build_denoiser
 from tokenizer.adversary import passes_per_step
 from tokenizer.config import TokenizerConfig
+from tokenizer.costs import training_passes, untrained
 from tokenizer.discriminator import build_discriminator
-from tokenizer.model import Tokenizer, count_parameters, to_pixels
-from tokenizer.perceptual import open_perceptual
+from tokenizer.model import count_parameters, to_pixels
+from tokenizer.perceptual import PERCEPTUAL_PASSES, open_perceptual
 from tokenloom.experiment import Experiment
 
 ASSUMED_CLASSES = 1000
@@ -46,8 +47,6 @@ class Stage:
     """Operations of a training step, per image, in forward passes."""
     judges: bool = False
     """Whether the network is a part of the tokenizer's training, whose images it judges."""
-    learns: bool = True
-    """Whether its weights are trained."""
 
 
 class Trained(nn.Module):
@@ -80,17 +79,18 @@ def dry_run(experiment: Experiment) -> str:
         f"{run.name}: images of {size} pixels from {experiment.data.source}, {classes:,} classes ({origin})",
         f"{world} process{'es' if world > 1 else ''}{f' ({run.parallel})' if world > 1 else ''}, {precision}{remark}",
     ]
+    if experiment.tokenizer.encoder_from is not None:
+        head.append("the tokenizer's encoder and bottleneck are frozen: they count forwards alone, its decoder in full")
     return "\n".join([*head, "", *table([stage.name for stage in stages], columns), "", *where(experiment)])
 
 
 def build_stages(experiment: Experiment, classes: int) -> Iterator[Stage]:
     """The networks that the experiment has, on the current device."""
     section, size = experiment.tokenizer, experiment.data.size
-    tokenizer = Tokenizer(section.model, section.quantizer, image_size=size, loss=section.loss)
-    images = torch.empty(1, 3, size, size)
+    tokenizer, images = untrained(section, size), torch.empty(1, 3, size, size)
     yield Stage(
         name="tokenizer", network=tokenizer, inputs=(images,), loss=reconstruction, tokens=math.prod(tokenizer.grid),
-        train=section.train,
+        train=section.train, factor=training_passes(tokenizer),
     )  # fmt: skip
     if section.loss.perceptual:
         yield perceptual_stage(section, images)
@@ -106,11 +106,11 @@ def build_stages(experiment: Experiment, classes: int) -> Iterator[Stage]:
 
 
 def perceptual_stage(section: TokenizerConfig, images: Tensor) -> Stage:
-    """The network of the perceptual loss: both images forwards, and one back to its pixels."""
-    pair = images.clone().requires_grad_(), images
+    """The network of the perceptual loss."""
+    network = open_perceptual(section.loss.perceptual_network, image_size=images.shape[-1], blank=True)
     return Stage(
-        name="perceptual", network=open_perceptual(section.loss.perceptual_network, blank=True), inputs=pair,
-        loss=distance, tokens=0, train=section.train, factor=1.5, judges=True, learns=False,
+        name="perceptual", network=network, inputs=(images.clone().requires_grad_(), images), loss=distance, tokens=0,
+        train=section.train, factor=PERCEPTUAL_PASSES, judges=True,
     )  # fmt: skip
 
 
@@ -167,12 +167,13 @@ def stage_facts(stage: Stage, run: RunConfig, world: int, place: str, precision:
     share = part_rows(train.batch_size, 0, world * train.accumulate).stop
     batch = [tensor.expand(share, *tensor.shape[1:]).clone() for tensor in stage.inputs]
     parameters, forward = count_parameters(stage.network), forward_flops(stage.network, *stage.inputs)
+    learning = sum(parameter.numel() for parameter in stage.network.parameters() if parameter.requires_grad)
     seen = train.steps * train.batch_size
-    copies = 5 if train.ema and not stage.judges else 4  # weight, gradient, two moments of AdamW, average
-    state = (copies if stage.learns else 1) * FLOAT * parameters
+    kept = 2 if train.ema and not stage.judges else 1  # weight, average
+    state = FLOAT * (kept * parameters + 3 * learning)  # gradient, two moments of AdamW
     state //= world if run.parallel == "fsdp" and not stage.judges else 1
     activations = saved_bytes(Trained(stage), *batch, bf16=precision == "bf16", device=place)
-    activations *= 3 if stage.judges and stage.learns else 1  # real, reconstructed to learn, reconstructed to teach
+    activations *= 3 if stage.judges and learning else 1  # real, reconstructed to learn, reconstructed to teach
     return {
         "parameters": quantity(parameters),
         "tokens per image": f"{stage.tokens:,}" if stage.tokens else "",

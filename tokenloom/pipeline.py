@@ -57,7 +57,7 @@ def check(experiment: Experiment, device: Device) -> None:
         for stage in build_stages(experiment, ASSUMED_CLASSES):
             part_rows(stage.train.batch_size, 0, device.world * stage.train.accumulate)
     if experiment.tokenizer.loss.perceptual:
-        open_perceptual(experiment.tokenizer.loss.perceptual_network)
+        open_perceptual(experiment.tokenizer.loss.perceptual_network, image_size=experiment.data.size)
     classes = len(open_images(experiment.data, "train").class_names)
     for family, config in experiment.generators():
         dropout = config.model.label_dropout

@@ -1,9 +1,11 @@
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from engine import device
 from engine.config import RunConfig
-from engine.device import choose_precision, cpu_quota, has_bf16, setup
+from engine.device import choose_precision, cpu_quota, exact_products, has_bf16, setup
 
 
 def test_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,6 +26,38 @@ def test_autocast_computes_in_the_chosen_precision() -> None:
     cpu.precision = "bf16"
     with cpu.autocast():
         assert (x @ x).dtype == torch.bfloat16
+
+
+@pytest.fixture
+def reduced() -> Iterator[None]:
+    """Products and convolutions may be TF32, as on a GPU."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def settings() -> tuple[str, bool]:
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.usefixtures("reduced")
+@pytest.mark.parametrize("kind", [None, "cuda"])
+def test_products_are_exact_inside_the_block_and_as_before_after_it(kind: str | None) -> None:
+    with exact_products(kind and torch.device(kind)):
+        assert settings() == ("highest", False)
+    assert settings() == ("high", True)
+    with pytest.raises(KeyError), exact_products():
+        raise KeyError
+    assert settings() == ("high", True)
+
+
+@pytest.mark.usefixtures("reduced")
+def test_on_a_cpu_products_are_left_alone() -> None:
+    with exact_products(torch.device("cpu")):
+        assert settings() == ("high", True)
 
 
 def test_threads_come_from_the_configuration_or_the_quota() -> None:

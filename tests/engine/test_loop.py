@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from engine.checkpoint import checkpoints
+from engine.config import TrainConfig
 from engine.log import read_metrics
+from engine.loop import _Trainer
+from engine.task import Task
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toy import flat, train_toy
@@ -166,3 +169,15 @@ def test_compiled_networks_train_to_the_same_weights(tmp_path: Path) -> None:
     train_toy(tmp_path / "eager", steps=10)
     train_toy(tmp_path / "compiled", steps=10, compile=True)
     assert torch.allclose(flat(tmp_path / "eager"), flat(tmp_path / "compiled"), atol=1e-5)
+
+
+def test_gradients_are_clipped_but_not_those_of_an_auxiliary_network() -> None:
+    modules = {name: torch.nn.Linear(3, 1, bias=False) for name in ("main", "auxiliary")}
+    for module in modules.values():
+        module.weight.grad = torch.tensor([[3.0, 0.0, 4.0]])
+    trainer = _Trainer.__new__(_Trainer)
+    trainer.task, trainer.train = Task(), TrainConfig(clip_norm=1.0)
+    trainer.task.modules, trainer.task.auxiliary = modules, ("auxiliary",)
+    assert trainer._clipped_norms() == pytest.approx({"grad_norm/main": 5.0, "grad_norm/auxiliary": 5.0})
+    assert modules["main"].weight.grad.norm() == pytest.approx(1.0, rel=1e-4)
+    assert modules["auxiliary"].weight.grad.norm() == 5.0

@@ -1,6 +1,8 @@
 """Weights come from files that are there, and from nowhere else."""
 
 import pickle
+import random
+import warnings
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,41 @@ def test_a_cut_file_is_refused(tmp_path, name: str) -> None:
         read_weights(path)
 
 
+@pytest.mark.parametrize(
+    ("held", "told"),
+    [
+        ({"state_dict": {"a": torch.zeros(1)}, "epoch": 3}, r"'state_dict' is a dict, not a weight; .*state_dict"),
+        ({"a": torch.zeros(1), "epoch": 3}, r"'epoch' is a int, not a weight"),
+        ({0: torch.zeros(1)}, r"0 is a Tensor, not a weight"),
+        ([torch.zeros(1)], r"holds a list, not weights by their names"),
+        (torch.zeros(1), r"holds a Tensor, not weights by their names"),
+    ],
+)
+def test_a_file_of_more_or_other_than_weights_is_refused(held: object, told: str, tmp_path) -> None:
+    torch.save(held, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"a\.pth: " + told):
+        read_weights(tmp_path / "a.pth")
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match=r"a\.pth: " + told):
+        open_timm("test_resnet", tmp_path / "a.pth", None, key="some.key")
+
+
+def test_a_damaged_file_is_refused_whatever_it_makes_the_unpickler_do(tmp_path) -> None:
+    path, draws = tmp_path / "a.pth", random.Random(0)
+    torch.save({"a": torch.zeros(3), "b": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
+    whole, messages = path.read_bytes(), []
+    for _ in range(100):
+        damaged = bytearray(whole)
+        for _ in range(4):
+            damaged[draws.randrange(len(damaged))] = draws.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            read_weights(path)
+        except ValueError as error:
+            messages.append(str(error))
+    assert len(messages) > 50 and all(message.startswith(str(path)) for message in messages)
+
+
 def test_the_parts_of_a_timm_entry() -> None:
     assert timm_parts("resnet50:/a/b.pth") == ("resnet50", Path("/a/b.pth"), None)
     assert timm_parts("resnet50:/a/b.pth:128") == ("resnet50", Path("/a/b.pth"), 128)
@@ -65,6 +102,46 @@ def test_what_is_wrong_with_a_timm_network_is_said_under_its_key(tmp_path) -> No
         open_timm("resnot", path, None, key="some.key")
     with pytest.raises(ValueError, match=r"some\.key=timm:test_resnet: the file's weights do not fit"):
         open_timm("test_resnet", path, None, key="some.key")
+
+
+def test_a_timm_model_without_settings_or_with_an_unknown_tag_is_refused(tmp_path, monkeypatch) -> None:
+    timm, path = pytest.importorskip("timm"), tmp_path / "a.pth"
+    torch.save({"a": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=r"some\.key=timm:resnet18\.nonsense: .*nonsense.*list_pretrained"):
+        open_timm("resnet18.nonsense", path, None, key="some.key")
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda _: None)
+    with pytest.raises(ValueError, match=r"some\.key=timm:test_resnet: timm does not say.*list_pretrained"):
+        open_timm("test_resnet", path, None, key="some.key")
+
+
+def test_a_timm_model_of_one_size_alone_takes_no_other(tmp_path) -> None:
+    pytest.importorskip("timm")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"some\.key=timm:mixer_s32_224: .*its own size alone; leave :64 out"):
+        open_timm("mixer_s32_224", tmp_path / "a.pth", 64, key="some.key")
+
+
+def test_a_distilled_network_has_two_classifiers(tmp_path) -> None:
+    timm, name = pytest.importorskip("timm"), "deit_tiny_distilled_patch16_224"
+    network = timm.create_model(name, num_classes=3)
+    torch.save(network.state_dict(), tmp_path / "a.pth")
+    opened, settings = open_timm(name, tmp_path / "a.pth", None, key="some.key")
+    assert settings["classifier"] == ("head", "head_dist") and opened.num_classes == 3
+    assert torch.equal(opened.head_dist.weight, network.head_dist.weight)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_blank_network_needs_the_file_but_does_not_read_it(device: str, tmp_path) -> None:
+    pytest.importorskip("timm")
+    path = tmp_path / "a.pth"
+    with pytest.raises(ValueError, match="no such weights file"), torch.device(device):
+        open_timm("test_vit", path, None, key="some.key", blank=True)
+    path.write_bytes(b"not read")
+    with torch.device(device), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        network, settings = open_timm("test_vit", path, None, key="some.key", blank=True)
+    assert {parameter.device.type for parameter in network.parameters()} == {device}
+    assert network.num_classes == 0 and len(settings["mean"]) == 3
 
 
 class Slices(nn.Module):

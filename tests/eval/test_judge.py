@@ -4,8 +4,8 @@ import torch
 from PIL import Image
 
 from eval.classifier import Classifier
-from eval.features import open_features
-from eval.judge import class_accuracy, draw_indices, exact_products, judge, png_batches, reconstruction_distances
+from eval.features import Extractor, open_features
+from eval.judge import class_accuracy, draw_indices, judge, png_batches, reconstruction_distances
 
 CPU = torch.device("cpu")
 
@@ -28,12 +28,20 @@ def test_no_image_is_an_error() -> None:
         judge([open_features("random")], [], device=CPU)
 
 
-def test_precision_of_products_is_full_inside_and_restored_after() -> None:
+class Witness(Extractor):
+    """Sees in which precision it is asked."""
+
+    name, resize = "witness", "none"
+
+    def outputs(self, images: torch.Tensor) -> tuple[torch.Tensor, None]:
+        assert torch.get_float32_matmul_precision() == "highest" and torch.is_inference_mode_enabled()
+        return images.flatten(1).float(), None
+
+
+def test_images_are_judged_in_full_precision_whatever_the_run_s() -> None:
     torch.set_float32_matmul_precision("medium")
     try:
-        with exact_products():
-            assert torch.get_float32_matmul_precision() == "highest"
-            assert torch.is_inference_mode_enabled()
+        assert judge([Witness()], [images(2)], device=CPU).n == 2
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from eval.reconstruction import batch_usage, code_counts, lpips_distance, perplexity, psnr, ssim, usage
-from eval.tokenizer_scores import load_lpips
+from eval.tokenizer_scores import load_lpips, lpips_nets
+from tokenizer.perceptual import TRUNKS
 
 
 def noise(seed: int, size: int = 24) -> torch.Tensor:
@@ -66,6 +67,23 @@ def test_missing_lpips_weights_say_where_they_belong(tmp_path, monkeypatch) -> N
     expected = r"eval\.lpips=vgg: no trunk weights at .*vgg16-397923af\.pth; put .* eval\.lpips=none"
     with pytest.raises(ValueError, match=expected):
         load_lpips("vgg", torch.device("cpu"))
+
+
+def test_networks_that_cannot_judge_small_images_are_left_out_or_refused(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    for name in TRUNKS.values():
+        (tmp_path / "hub" / "checkpoints" / name).touch()
+    assert lpips_nets("auto", 31) == lpips_nets("auto") == ["alex", "vgg", "squeeze"]
+    assert capsys.readouterr().out == ""
+    assert lpips_nets("auto", 28) == ["vgg", "squeeze"]
+    assert capsys.readouterr().out == "lpips left out: images of 28 pixels are too small for alex (31)\n"
+    assert lpips_nets("auto", 8) == []
+    assert "too small for alex (31), vgg (16), squeeze (17)\n" in capsys.readouterr().out
+    assert lpips_nets("vgg", 16) == ["vgg"] and lpips_nets("none", 8) == []
+    expected = r"eval\.lpips=alex needs .* 31 pixels.*data\.size=28: use eval\.lpips=vgg, .* eval\.lpips=none"
+    with pytest.raises(ValueError, match=expected):
+        lpips_nets("alex", 28)
 
 
 def test_lpips_reads_its_trunk_from_the_checkpoint_folder(tmp_path, monkeypatch) -> None:

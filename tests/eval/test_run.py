@@ -149,5 +149,5 @@ def test_a_generator_of_another_tokenizer_is_not_probed(run: RunConfig) -> None:
     torch.manual_seed(1)
     tokenizer = Tokenizer(MODEL, image_size=16)
     save_model(run.folder / "tokenizer", tokenizer.state_dict(), model_card(tokenizer))
-    with pytest.raises(ValueError, match="learned from tokenizer"):
+    with pytest.raises(ValueError, match="learned from codes"):
         scores(run, "probe")

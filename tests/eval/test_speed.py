@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from engine.config import DataConfig, RunConfig, TrainConfig
 from engine.device import Device, setup
 from engine.flops import forward_flops
 from engine.shards import open_shards
+from engine.sources import open_images
 from engine.task import Task
-from eval.bench import smaller_batch
-from eval.speed import NextCode, RandomImages, speed, usable_shards
+from eval.bench import Bench, smaller_batch
+from eval.speed import NextCode, RandomImages, measure_tokenizer, speed, step_flops, usable_shards
 from eval.stopwatch import LEAST, WARM_UP, time_calls, time_steps
 from generator.autoregressive import VIM
 from generator.config import (
@@ -27,8 +29,18 @@ from generator.config import (
     DiffusionConfig,
     DiffusionSampleConfig,
 )
-from tokenizer.config import TokenizerConfig, TokenizerModelConfig, TowerConfig
+from tokenizer.adversary import passes_per_step
+from tokenizer.config import (
+    DiscriminatorConfig,
+    TokenizerConfig,
+    TokenizerLossConfig,
+    TokenizerModelConfig,
+    TowerConfig,
+)
+from tokenizer.discriminator import build_discriminator
 from tokenizer.model import Tokenizer
+from tokenizer.perceptual import open_perceptual
+from tokenizer.train import TokenizerTask
 
 TOWER = TowerConfig(blocks=1, width=16, heads=2, mlp=32)
 TRAIN = TrainConfig(batch_size=4)
@@ -101,6 +113,65 @@ def test_sampling_counts_what_the_solver_computes(run: RunConfig, device: Device
     # Heun calls the network twice a step but once in the last one; guidance doubles each call.
     assert sampling["note"].endswith("2 steps of 2 with heun")
     assert sampling["flops_per_image"] / (step["flops_per_image"] / 3) == pytest.approx(3 * 2)
+
+
+def tokenizer_row(run: RunConfig, device: Device, config: TokenizerConfig) -> dict[str, Any]:
+    bench = Bench(run, device, seconds=0.02)
+    measure_tokenizer(bench, config, open_images(DataConfig(size=16), "test"))
+    return bench.rows[0]
+
+
+SMALL = DiscriminatorConfig(channels=8, channel_base=128)
+
+
+def test_an_opponent_that_begins_late_is_timed_as_one_that_plays(
+    run: RunConfig, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def watched(*arguments: Any) -> nn.Module:
+        network = build_discriminator(*arguments)
+        network.register_forward_hook(lambda *_: calls.append(1))
+        return network
+
+    monkeypatch.setattr("tokenizer.train.build_discriminator", watched)
+    late = replace(SMALL, start_step=20_000, start_patience=100)
+    tokenizer_row(run, device, replace(TOKENIZER, loss=TokenizerLossConfig(adversarial=0.1), discriminator=late))
+    assert len(calls) >= 2 * (WARM_UP + LEAST)  # it teaches and learns in every step
+
+
+def test_a_step_counts_all_that_it_computes(tmp_path: Path) -> None:
+    model, image = Tokenizer(TOKENIZER.model, image_size=16), torch.empty(1, 3, 16, 16)
+    with torch.device("meta"):
+        network, opponent = open_perceptual("lpips:vgg", blank=True), build_discriminator(SMALL, 16)
+    loss = TokenizerLossConfig(perceptual=0.1, perceptual_network=f"lpips:vgg:{tmp_path / 'absent'}")
+    config, own = replace(TOKENIZER, loss=loss, discriminator=SMALL), 3 * forward_flops(model, image)
+    perceptual = 1.5 * forward_flops(network, image, image)
+    assert 3 * step_flops(model, TOKENIZER) == own
+    assert 3 * step_flops(model, config) == pytest.approx(own + perceptual, abs=3)
+    both = replace(config, loss=replace(loss, adversarial=0.1))
+    adversarial = passes_per_step(SMALL) * forward_flops(opponent, image)
+    assert 3 * step_flops(model, both) == pytest.approx(own + perceptual + adversarial, abs=3)
+
+
+def test_a_frozen_encoder_is_measured_frozen(
+    run: RunConfig, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learning: list[set[str]] = []
+
+    def watched(model: Tokenizer, *arguments: Any, **options: Any) -> TokenizerTask:
+        learning.append({name.split(".")[0] for name, value in model.named_parameters() if value.requires_grad})
+        return TokenizerTask(model, *arguments, **options)
+
+    monkeypatch.setattr("eval.speed.TokenizerTask", watched)
+    rows = [tokenizer_row(run, device, each) for each in (TOKENIZER, replace(TOKENIZER, encoder_from="elsewhere"))]
+    assert learning == [{"encoder", "quantizer", "decoder"}, {"decoder"}]
+    assert [row["note"] for row in rows] == ["", "the decoder alone learns"]
+    model = Tokenizer(TOKENIZER.model, image_size=16)
+    forward = forward_flops(model, torch.empty(1, 3, 16, 16))
+    decoder = forward_flops(model.decoder, torch.empty(1, 16, 4))
+    assert rows[0]["flops_per_image"] == 3 * forward
+    assert rows[1]["flops_per_image"] == pytest.approx(forward + 2 * decoder, abs=3)
 
 
 class Line(Task):

@@ -56,4 +56,10 @@ def test_switches_that_contradict_each_other_are_refused() -> None:
         TokenizerConfig(model=model, quantizer=QuantizerConfig(kind="fsq", levels=(4,)))
     with pytest.raises(ValueError, match=r"lfq has a bit per number, so vocab_size must be 2\^code_dim = 4"):
         TokenizerConfig(model=model, quantizer=QuantizerConfig(kind="lfq"))
+    with pytest.raises(ValueError, match=r"quantizer\.levels=\[8, 2\]: fsq needs at least 3 levels"):
+        TokenizerConfig(model=model, quantizer=QuantizerConfig(kind="fsq", levels=(8, 2)))
     assert TokenizerConfig(model=model, quantizer=QuantizerConfig(kind="fsq", levels=(4, 4)))
+    with pytest.raises(ValueError, match=r"quantizer\.update=ema has no effect with quantizer\.kind=kl"):
+        TokenizerConfig(quantizer=QuantizerConfig(kind="kl", update="ema"))
+    with pytest.raises(ValueError, match=r"loss\.entropy=0\.1: quantizer\.kind=simvq has no entropy loss"):
+        TokenizerConfig(quantizer=QuantizerConfig(kind="simvq"), loss=TokenizerLossConfig(entropy=0.1))

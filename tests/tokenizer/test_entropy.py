@@ -9,11 +9,12 @@ from torch import Tensor
 
 from tokenizer import entropy
 from tokenizer.entropy import bit_entropy, code_entropy, entropy_of
+from tokenizer.similarity import normalize
 
 
-def whole(similarities: Tensor, temperature: float) -> Tensor:
-    """E[H(p)] - H(E[p]) as written, [N, K] -> scalar."""
-    p = (similarities / temperature).softmax(-1)
+def whole(vectors: Tensor, book: Tensor, temperature: float) -> Tensor:
+    """E[H(p)] - H(E[p]) as written, with p the softmax of minus the squared distances: [N, D], [K, D] -> scalar."""
+    p = (-(vectors[:, None] - book).square().sum(-1) / temperature).softmax(-1)  # [N, K]
     return -(p * p.log()).sum(-1).mean() + (p.mean(0) * p.mean(0).log()).sum()
 
 
@@ -24,15 +25,13 @@ def draws(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("unit", [True, False])
 def test_tiles_give_value_and_gradients_of_the_whole_matrix(unit: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(entropy, "rows_at_once", lambda *_: 7)
-    vectors, book = draws(3, 10, 4), draws(12, 4, seed=1)
-    flat = vectors.flatten(0, 1)
-    similarities = flat @ book.T if unit else -(flat[:, None] - book).square().sum(-1)
-    expected = whole(similarities, 0.7)
+    free = draws(3, 10, 4), draws(12, 4, seed=1)
+    vectors, book = (normalize(each) for each in free) if unit else free
+    expected = whole(vectors.flatten(0, 1), book, 0.7)
     found = code_entropy(vectors, book, temperature=0.7, unit=unit)
     assert torch.allclose(found, expected)
-    for mine, theirs in zip(
-        torch.autograd.grad(found, [vectors, book]), torch.autograd.grad(expected, [vectors, book]), strict=True
-    ):
+    gradients = (torch.autograd.grad(value, free, retain_graph=True) for value in (found, expected))
+    for mine, theirs in zip(*gradients, strict=True):
         assert torch.allclose(mine, theirs)
 
 
@@ -40,7 +39,7 @@ def test_tiles_give_value_and_gradients_of_the_whole_matrix(unit: bool, monkeypa
 def test_bits_give_value_and_gradient_of_the_whole_matrix(dim: int) -> None:
     vectors, scale = draws(2, 9, dim), 0.5
     book = scale * torch.tensor(list(itertools.product((-1.0, 1.0), repeat=dim)), dtype=torch.float64)
-    expected = whole(2 * vectors.flatten(0, 1) @ book.T, 0.8)
+    expected = whole(vectors.flatten(0, 1), book, 0.8)
     found = bit_entropy(vectors, scale=scale, temperature=0.8)
     assert torch.allclose(found, expected)
     (mine,), (theirs,) = torch.autograd.grad(found, vectors), torch.autograd.grad(expected, vectors)
@@ -71,6 +70,12 @@ def test_the_whole_matrix_is_never_kept(monkeypatch: pytest.MonkeyPatch) -> None
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         code_entropy(draws(1000, 4), draws(500, 4, seed=1), temperature=1.0, unit=True)
     assert sum(kept.values()) < 0.1 * 1000 * 500
+
+
+def test_both_geometries_are_one_for_unit_codes() -> None:
+    vectors, book = normalize(draws(20, 4)), normalize(draws(12, 4, seed=1))
+    mine, theirs = (code_entropy(vectors, book, temperature=0.1, unit=unit) for unit in (True, False))
+    assert torch.allclose(mine, theirs)
 
 
 def test_entropy_of_an_even_distribution() -> None:

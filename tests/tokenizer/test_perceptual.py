@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokenizer.perceptual import TRUNKS, lpips_trunk, open_perceptual
+from engine.flops import forward_flops
+from tokenizer.perceptual import LEAST_SIDE, TRUNKS, lpips_trunk, open_perceptual
 
 
 def images(seed: int, size: int = 64) -> Tensor:
@@ -94,6 +95,25 @@ def test_another_networks_trunk_is_refused(trunk: Callable[[str], Path]) -> None
         open_perceptual(f"lpips:squeeze:{trunk('alex')}")
 
 
+@pytest.mark.parametrize("net", list(TRUNKS))
+def test_the_smallest_images_that_lpips_can_judge(net: str, trunk: Callable[[str], Path]) -> None:
+    least, spec = LEAST_SIDE[net], f"lpips:{net}:{trunk(net)}"
+    distance = open_perceptual(spec, image_size=least)
+    assert distance(images(0, least), images(1, least)).isfinite().all()
+    with pytest.raises(RuntimeError, match="Output size is too small"):
+        distance(images(0, least - 1), images(1, least - 1))
+    for blank in (False, True):
+        with pytest.raises(ValueError, match=rf"network=lpips:{net} needs .*{least} pixels.*data\.size={least - 1}: "):
+            open_perceptual(spec, image_size=least - 1, blank=blank)
+
+
+def test_too_small_images_are_sent_to_a_network_that_can_judge_them() -> None:
+    with pytest.raises(ValueError, match=r"data\.size=28: use .*=lpips:vgg, raise data\.size, or set .*perceptual=0"):
+        open_perceptual("lpips:alex", image_size=28)
+    with pytest.raises(ValueError, match=r"data\.size=8: raise data\.size, or set .*perceptual=0"):
+        open_perceptual("lpips:vgg", image_size=8)
+
+
 @pytest.mark.parametrize("spec", ["lpips", "lpips:resnet", "vgg", "timm:resnet18", ""])
 def test_an_unknown_network_is_refused(spec: str) -> None:
     with pytest.raises(ValueError, match=r"is unknown: use lpips:alex, lpips:vgg, lpips:squeeze"):
@@ -154,6 +174,19 @@ def test_images_are_resized_only_if_asked_or_needed(tmp_path) -> None:
         )
         assert distance(images(0, 40), images(1, 40)).shape == (2,)
         assert seen[-1] == size
+
+
+def test_a_blank_timm_network_counts_without_its_weights(tmp_path) -> None:
+    spec = f"timm:test_vit:{timm_file('test_vit', tmp_path)}:48"
+    sizes = []
+    for options in ({}, {"blank": True}):
+        with torch.device("meta" if options else "cpu"):
+            distance = open_perceptual(spec, **options)
+        sizes.append(forward_flops(distance, images(0, 40), images(1, 40)))
+        assert not any(parameter.requires_grad for parameter in distance.parameters())
+    assert sizes[0] == sizes[1] > 0
+    with pytest.raises(ValueError, match="no such weights file"):
+        open_perceptual(f"timm:test_vit:{tmp_path / 'absent.pth'}", blank=True)
 
 
 def test_missing_timm_weights_name_the_key_and_the_remedy(tmp_path) -> None:

@@ -234,6 +234,7 @@ def test_a_new_decoder_keeps_the_codes(tmp_path: Path, device: Device) -> None:
         assert torch.equal(second.encode(images), first.encode(images))
         assert torch.equal(second.to_latents(images), first.to_latents(images))
         assert not torch.equal(second.decode(second.encode(images)), first.decode(first.encode(images)))
-    config = replace(CONFIG, model=replace(MODEL, vocab_size=16), encoder_from=str(tmp_path / "first"))
-    with pytest.raises(ValueError, match=r"tokenizer\.encoder_from: its encoder or bottleneck differs"):
-        trained(tmp_path, device, config, name="other")
+    for change, told in ((replace(TOWER, heads=4), "encoder.heads 2 -> 4"), (None, "encoder.width 32 -> 512")):
+        config = replace(CONFIG, model=replace(MODEL, encoder=change), encoder_from=str(tmp_path / "first"))
+        with pytest.raises(ValueError, match=rf"tokenizer\.encoder_from: .*{told}"):
+            trained(tmp_path, device, config, name="other")

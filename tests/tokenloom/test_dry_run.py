@@ -10,9 +10,10 @@ import torch
 from engine.config import DataConfig, TrainConfig
 from engine.flops import forward_flops
 from generator.config import AutoregressiveConfig, AutoregressiveModelConfig, DenoiserModelConfig, DiffusionConfig
-from tokenizer.config import TokenizerConfig, TokenizerModelConfig
+from tokenizer.config import QuantizerConfig, TokenizerConfig, TokenizerLossConfig, TokenizerModelConfig
 from tokenizer.model import Tokenizer, count_parameters
-from tokenloom.dry_run import Stage, build_stages, dry_run, memory, quantity
+from tokenizer.perceptual import open_perceptual
+from tokenloom.dry_run import Stage, build_stages, dry_run, memory, quantity, stage_facts
 from tokenloom.experiment import Experiment, load_experiment
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
@@ -118,6 +119,60 @@ def published(**family: Any) -> Stage:
     experiment = Experiment(data=DataConfig(size=256), tokenizer=tokenizer, **family)
     with torch.device("meta"):
         return list(build_stages(experiment, 1000))[1]
+
+
+def with_tokenizer(experiment: Experiment, **changes: Any) -> Experiment:
+    return dataclasses.replace(experiment, tokenizer=dataclasses.replace(experiment.tokenizer, **changes))
+
+
+@pytest.mark.parametrize("kind", ["codebook", "kl"])
+def test_a_frozen_encoder_counts_forwards_alone(kind: Any, digits: Experiment) -> None:
+    digits = with_tokenizer(dataclasses.replace(digits, autoregressive=None), quantizer=QuantizerConfig(kind=kind))
+    frozen = with_tokenizer(digits, encoder_from="runs/elsewhere")
+    with torch.device("meta"):
+        usual, stage = (next(build_stages(each, 10)) for each in (digits, frozen))
+    model = stage.network
+    forward = forward_flops(model, *stage.inputs)
+    decoder = forward_flops(model.decoder, torch.empty(1, 16, model.latent_shape[0]))
+    assert usual.factor == 3
+    assert stage.factor * forward == pytest.approx(1 * (forward - decoder) + 3 * decoder)
+    sizes, learning = count_parameters(model), count_parameters(model.decoder)
+    columns = [stage_facts(each, digits.run, 1, "cpu", "fp32") for each in (usual, stage)]
+    state, saved = "  weights, gradients, AdamW, EMA", "  saved for the backward pass"
+    assert [column[state] for column in columns] == [memory(20 * sizes), memory(8 * sizes + 12 * learning)]
+    assert float(columns[1][saved].split()[0]) < 0.6 * float(columns[0][saved].split()[0])
+    assert columns[1]["training per image"] == quantity(forward + 2 * decoder, "FLOP")
+    told = "encoder and bottleneck are frozen: they count forwards alone"
+    assert told in dry_run(frozen) and told not in dry_run(digits)
+
+
+def test_the_perceptual_network_keeps_its_weights_and_passes_one_image_back(digits: Experiment) -> None:
+    loss = TokenizerLossConfig(perceptual=0.1, perceptual_network="lpips:squeeze")
+    text = dry_run(with_tokenizer(digits, loss=loss))
+    assert "perceptual" in text.splitlines()[3]
+    with torch.device("meta"):
+        network, pair = open_perceptual("lpips:squeeze", blank=True), [torch.empty(1, 3, 32, 32)] * 2
+    assert cells(text, "training per image")[1] == quantity(1.5 * forward_flops(network, *pair), "FLOP")
+    assert cells(text, "  weights, gradients, AdamW, EMA")[1] == memory(4 * count_parameters(network))
+
+
+def test_a_timm_network_is_counted_without_reading_its_file(digits: Experiment, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    for model, options in (("test_resnet", ""), ("test_vit", ":48")):
+        loss = TokenizerLossConfig(perceptual=0.1, perceptual_network=f"timm:{model}:{tmp_path / 'a.pth'}{options}")
+        experiment = with_tokenizer(digits, loss=loss)
+        with pytest.raises(ValueError, match=r"a\.pth: no such weights file"):
+            dry_run(experiment)
+        (tmp_path / "a.pth").touch()
+        assert "perceptual" in dry_run(experiment)
+        (tmp_path / "a.pth").unlink()
+
+
+def test_images_that_the_perceptual_network_cannot_judge_are_refused(digits: Experiment) -> None:
+    loss, data = TokenizerLossConfig(perceptual=0.1, perceptual_network="lpips:alex"), DataConfig(size=16)
+    experiment = dataclasses.replace(with_tokenizer(digits, loss=loss), data=data)
+    with pytest.raises(ValueError, match=r"lpips:alex needs .*31 pixels.*data\.size=16: use .*lpips:vgg"):
+        dry_run(experiment)
 
 
 def test_numbers_are_written_with_three_digits() -> None:

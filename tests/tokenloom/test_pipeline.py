@@ -114,6 +114,19 @@ def test_scores_of_a_part_or_of_older_models_do_not_pass_for_the_whole(run: Path
     assert "diffusion" in {entry["subject"] for entry in json.loads(metrics.read_text())}
 
 
+def test_a_new_decoder_paints_the_samples_of_the_old_codes(run: Path, tmp_path: Path) -> None:
+    place, source = [f"--run.root={tmp_path}", "--run.name=repainted"], f"--tokenizer.encoder_from={run}"
+    command(run, "tokenizer", *place, source, "--tokenizer.train.steps=10")
+    old, new = tokenloom.load_tokenizer(run), tokenloom.load_tokenizer(tmp_path / "repainted")
+    assert new.code_fingerprint == old.code_fingerprint and new.fingerprint != old.fingerprint
+    words = ["--num", "4", "--only", "autoregressive", "--out", str(tmp_path / "samples")]
+    command(run, "sample", *words, "--decoder", str(tmp_path / "repainted"))
+    told = json.loads((tmp_path / "samples" / "autoregressive" / "samples.json").read_text())
+    assert told["tokenizer"] == new.fingerprint
+    painted = tmp_path / "samples" / "autoregressive" / "000000.png"
+    assert painted.read_bytes() != (run / "samples" / "autoregressive" / "000000.png").read_bytes()
+
+
 def test_an_exported_folder_samples_the_same_images(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "models"
     command(run, "export", "--out", str(out))

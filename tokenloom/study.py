@@ -1,0 +1,88 @@
+"""The door of studies: plan the rows, do what is not done, write results.json, results.md, plot.png and curves.png."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.checkpoint import write_atomic, write_json
+from tokenloom.experiment import Experiment
+from tokenloom.study_config import StudyConfig, check_names, study_yaml
+from tokenloom.study_jobs import carry_out, finished
+from tokenloom.study_plan import Row, Run, plan_rows, plan_runs, tell_plan
+from tokenloom.study_plot import curves, number_at, plot
+from tokenloom.study_results import Found, gather, results_json, results_markdown
+
+
+def run_study(
+    study: StudyConfig,
+    base: Experiment,
+    *,
+    only: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    report_only: bool = False,
+) -> Found:
+    """Carry out a study, or of it the rows `only` and the given seeds, and write the results of all that is there.
+
+    Raises:
+        ValueError: a row does not fit or is not known.
+        Interrupted: a signal came; the same call goes on.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("a study starts its runs by itself: call it without torchrun, and set study.jobs")
+    check_names(only, study.names, "--only")
+    rows, folder = checked_rows(study, base), base.run.folder
+    runs = plan_runs(study, rows, sorted({*study.seeds, *seeds}), base.run)
+    wanted = [run for run in runs if run.row in (only or study.names) and run.seed in (seeds or study.seeds)]
+    problems: dict[str, str] = {}
+    if not report_only:
+        write_atomic(folder / "study.yaml", study_yaml(study, base).encode())
+        problems = carry_out(wanted, stages=study.stages, jobs=study.jobs, title=study.title)
+    found = gather(study, rows, runs, problems)
+    print(f"results: {write_results(found, runs, folder)}")
+    return found
+
+
+def tell(study: StudyConfig, base: Experiment, *, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> str:
+    """What a study would do and how long that would take; nothing is trained or written.
+
+    Raises:
+        ValueError: a row does not fit or is not known.
+    """
+    check_names(only, study.names, "--only")
+    rows = [row for row in checked_rows(study, base) if row.name in (only or study.names)]
+    chosen = sorted(seeds or study.seeds)
+    left = sum(not finished(run) for run in plan_runs(study, rows, chosen, base.run))
+    return tell_plan(study, rows, base.run, chosen, left=left)
+
+
+def checked_rows(study: StudyConfig, base: Experiment) -> list[Row]:
+    """The planned rows; what the pictures would need after hours of training is asked for now."""
+    rows = plan_rows(study, base)
+    for group in (group for group in study.groups if group.x):
+        for row in (row for row in rows if row.name in group.rows):
+            number_at(row, group.x or "")
+    stages = [stage for row in rows for stage in row.costs]
+    if study.curve.stage not in stages:
+        trained = ", ".join(dict.fromkeys(stages))
+        raise ValueError(f"study.curve.stage={study.curve.stage} is not trained by this study: it trains {trained}")
+    return rows
+
+
+def write_results(found: Found, runs: Sequence[Run], folder: Path) -> Path:
+    """results.json, results.md, plot.png and curves.png in the study's folder; returns results.md."""
+    write_json(folder / "results.json", results_json(found))
+    write_atomic(folder / "plot.png", plot(found))
+    write_atomic(folder / "curves.png", curves(found, [run for run in runs if finished(run)]))
+    write_atomic(folder / "results.md", results_markdown(found).encode())
+    return folder / "results.md"
+
+
+def complain(found: Found) -> None:
+    """Name on stderr what went wrong, and end with exit code 1 if anything did."""
+    for name, trouble in found.problems.items():
+        print(f"tokenloom study: {name}: {trouble}", file=sys.stderr)
+    if found.problems:
+        raise SystemExit(1)
