@@ -38,9 +38,10 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = TokenizerModelConfig(patch_size=4, vocab_size=VOCAB, code_dim=CODE_DIM, encoder=TOWER, decoder=TOWER)
     tokenizer = Tokenizer(model, image_size=16)
-    fingerprint = save_model(folder / "tokenizer", tokenizer.state_dict(), model_card(tokenizer))
-    write_shards(folder / "codes" / "train", 96, fingerprint, seed=1)
-    write_shards(folder / "codes" / "test", 24, fingerprint, seed=2)
+    card = model_card(tokenizer)
+    save_model(folder / "tokenizer", tokenizer.state_dict(), card)
+    write_shards(folder / "codes" / "train", 96, card["code_fingerprint"], seed=1)
+    write_shards(folder / "codes" / "test", 24, card["code_fingerprint"], seed=2)
     return folder
 
 

@@ -32,8 +32,8 @@ SAMPLING = {"num_steps": 4}
 class Grey(nn.Module):
     """Stands for a tokenizer: the first latent channel as grey level."""
 
-    latent_shape, fingerprint = SHAPE, "grey"
-    grid, vocab_size = SHAPE[1:], 4
+    latent_shape, code_fingerprint = SHAPE, "grey"
+    grid, length, vocab_size = SHAPE[1:], 16, 4
 
     def from_latents(self, latents: Tensor) -> Tensor:
         return (latents[:, :1] * 64 + 128).clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
