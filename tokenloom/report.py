@@ -89,9 +89,12 @@ def summary(run: RunFiles) -> str:
 
 
 def _tokens(run: RunFiles) -> str:
-    model = run.card("tokenizer").get("config", {}).get("model", {})
+    config = run.card("tokenizer").get("config", {})
+    model, kind = config.get("model", {}), config.get("quantizer", {}).get("kind")
     side = run.image_size() // model["patch_size"] if model.get("patch_size") else 0
     tokens = f"{side} \N{MULTIPLICATION SIGN} {side} = {side * side:,} tokens" if side else "tokens"
+    if kind == "kl":
+        return f"{tokens} of {model['code_dim']} continuous numbers"
     return f"{tokens} from a vocabulary of {model['vocab_size']:,} codes" if "vocab_size" in model else tokens
 
 
