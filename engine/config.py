@@ -204,12 +204,17 @@ def _given_keys(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
         key, _, value = argument[2:].partition("=")
         if key == "config":
             path = value or (arguments[position + 1] if position + 1 < len(arguments) else "")
-            yield from ((inner, path) for inner in _file_keys(path))
+            yield from ((inner, path) for inner, _ in _flatten(read_yaml(path)))
         elif key not in ("help", "print_config"):
             yield key, "the command line"
 
 
-def _file_keys(path: str) -> Iterator[str]:
+def read_yaml(path: str) -> dict[str, Any]:
+    """The sections of a configuration file.
+
+    Raises:
+        ValueError: a missing or broken file, or one without sections.
+    """
     import yaml
 
     if not Path(path).is_file():
@@ -220,8 +225,7 @@ def _file_keys(path: str) -> Iterator[str]:
         raise ValueError(f"--config {path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"--config {path}: expected sections such as `run:`, found {type(content).__name__}")
-    for key, _ in _flatten(content):
-        yield key
+    return content
 
 
 def _check_key(key: str, origin: str, known: list[str]) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from engine import config
-from engine.config import to_dict
+from engine.config import read_yaml, to_dict
 from tokenloom.experiment import Experiment, load_experiment
 
 Loaded = TypeVar("Loaded")
@@ -131,7 +131,7 @@ def load_study(arguments: Sequence[str]) -> tuple[StudyConfig, Experiment]:
         config.load(StudyFile, ["--help"], program="tokenloom study")  # prints every key and ends
     files, study_words, words = _sorted_words(arguments)
     path, base, sections = " + ".join(files), dict[str, Any](), list[Any]()
-    for content in map(_read, files):
+    for content in map(read_yaml, files):
         sections += [content.pop("study")] if "study" in content else []
         for key, value in content.items():
             _put(base, [key], value, path)
@@ -199,18 +199,6 @@ def _sorted_words(arguments: Sequence[str]) -> tuple[list[str], list[str], list[
         if kind and not equals:
             found[kind].append(next(words, ""))
     return files, found[True], found[False]
-
-
-def _read(path: str) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise ValueError(f"--config {path}: no such file (working folder: {Path.cwd()})")
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path}: not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"--config {path}: expected sections such as `study:`, found {type(content).__name__}")
-    return content
 
 
 def _listed(section: dict[str, Any], path: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
+import vector_quantize_pytorch as vqp
 from torch import Tensor
 
 from engine.flops import forward_flops
@@ -14,8 +15,6 @@ from tokenizer.bottleneck import Bottleneck
 from tokenizer.config import QuantizerConfig, TokenizerLossConfig, TokenizerModelConfig
 from tokenizer.entropy import code_entropy
 from tokenizer.quantize import Codebook, build_bottleneck
-
-vqp = pytest.importorskip("vector_quantize_pytorch")
 
 # What identifies each bottleneck: its configuration, its code_dim, its vocabulary.
 CASES: dict[str, tuple[dict[str, Any], int, int]] = {

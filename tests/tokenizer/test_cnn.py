@@ -249,7 +249,8 @@ def take_over(tower: nn.Module, layers: list[nn.Module]) -> None:
 
 
 def test_towers_agree_with_diffusers() -> None:
-    vae = pytest.importorskip("diffusers.models.autoencoders.vae")
+    from diffusers.models.autoencoders import vae
+
     encoder, decoder = towers(CnnConfig(channels=128, multipliers=(1, 2), res_blocks=1, attention=(4,)), image_size=8)
     images, vectors = torch.randn(2, 3, 8, 8), torch.randn(2, 16, 5)
 

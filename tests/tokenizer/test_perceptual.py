@@ -18,7 +18,8 @@ def images(seed: int, size: int = 64) -> Tensor:
 @pytest.fixture(scope="module")
 def trunk(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Untrained torchvision networks, without the layers that LPIPS does not use, in files."""
-    models = pytest.importorskip("torchvision.models")
+    from torchvision import models
+
     folder = tmp_path_factory.mktemp("trunks")
 
     def saved(net: str) -> Path:
@@ -38,7 +39,8 @@ def trunk(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.mark.parametrize("net", list(TRUNKS))
 def test_lpips_agrees_with_its_own_package(net: str, trunk: Callable[[str], Path]) -> None:
-    lpips = pytest.importorskip("lpips")
+    import lpips
+
     distance = open_perceptual(f"lpips:{net}:{trunk(net)}")
     assert isinstance(distance.network, lpips.LPIPS)
     with torch.no_grad():
@@ -129,7 +131,8 @@ def test_opening_a_network_leaves_the_random_numbers_alone(tmp_path, trunk: Call
 
 
 def timm_file(model: str, folder: Path, **options: int) -> Path:
-    timm = pytest.importorskip("timm")
+    import timm
+
     torch.manual_seed(0)
     torch.save(timm.create_model(model, **options).state_dict(), folder / f"{model}.pth")
     return folder / f"{model}.pth"
