@@ -70,7 +70,7 @@ class TokenizerTask(Task):
         if settings.adaptive and self.device.parallel == "fsdp":
             raise ValueError("discriminator.adaptive=true needs the whole last layer: use run.parallel=ddp")
         share = part_rows(self.config.train.batch_size, 0, self.device.world * self.config.train.accumulate).stop
-        if settings.kind == "stylegan2" and share > 1 and group_size(share, 1) == 1:
+        if settings.kind == "stylegan2" and group_size(share, 1) == 1:
             told = f"discriminator.kind=stylegan2: {share} images at a time make no groups of 2 to 4"
             warnings.warn(f"{told} for its minibatch deviation; choose an even share of train.batch_size", stacklevel=2)
         network = build_discriminator(settings, self.tokenizer.image_size).to(self.device.device)
@@ -216,7 +216,7 @@ def train_tokenizer(*, run: RunConfig, data: DataConfig, tokenizer: TokenizerCon
     """
     folder = run.folder / "tokenizer"
     images, test = open_images(data, "train"), open_images(data, "test")
-    source = None if tokenizer.encoder_from is None else load_tokenizer(tokenizer.encoder_from)
+    source = None if tokenizer.encoder_from is None else load_source(tokenizer.encoder_from)
     identity = run_identity(run, data, tokenizer, images, source)
     if is_finished(folder, identity):
         return folder
@@ -243,6 +243,18 @@ def train_tokenizer(*, run: RunConfig, data: DataConfig, tokenizer: TokenizerCon
         save_model(folder, trained.cpu().state_dict(), {**model_card(trained), **facts})
     device.barrier()
     return folder
+
+
+def load_source(path: str) -> Tokenizer:
+    """The trained tokenizer that `encoder_from` names.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return load_tokenizer(path)
+    except ValueError as error:
+        raise ValueError(f"tokenizer.encoder_from={path}: {error}") from error
 
 
 def take_over(model: Tokenizer, source: Tokenizer) -> None:

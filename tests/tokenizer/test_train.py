@@ -234,7 +234,16 @@ def test_a_new_decoder_keeps_the_codes(tmp_path: Path, device: Device) -> None:
         assert torch.equal(second.encode(images), first.encode(images))
         assert torch.equal(second.to_latents(images), first.to_latents(images))
         assert not torch.equal(second.decode(second.encode(images)), first.decode(first.encode(images)))
+    with pytest.raises(ValueError, match=r"tokenizer\.encoder_from=.*nowhere: .*model\.json is missing"):
+        trained(tmp_path, device, replace(CONFIG, encoder_from=str(tmp_path / "nowhere")), name="other")
     for change, told in ((replace(TOWER, heads=4), "encoder.heads 2 -> 4"), (None, "encoder.width 32 -> 512")):
         config = replace(CONFIG, model=replace(MODEL, encoder=change), encoder_from=str(tmp_path / "first"))
         with pytest.raises(ValueError, match=rf"tokenizer\.encoder_from: .*{told}"):
             trained(tmp_path, device, config, name="other")
+
+
+def test_parts_too_small_for_the_minibatch_deviation_are_told(
+    tokenizer: Tokenizer, squares: ImageSet, device: Device
+) -> None:
+    with pytest.warns(UserWarning, match="5 images at a time make no groups of 2 to 4"):
+        task_of(tokenizer, squares, device, replace(FULL, train=replace(TRAIN, batch_size=5)))
