@@ -169,6 +169,32 @@ def reshard(module: nn.Module) -> None:
             unit.reshard()  # type: ignore[operator]
 
 
+@contextmanager
+def gathered(module: nn.Module, method: str) -> Iterator[None]:
+    """Inside the block `module.method` may be called again and again on the whole weights (collective).
+
+    FSDP gathers weights for `forward` alone, and puts those of each unit away after it. In the block they stay where
+    they are, so that a method that is called once for each code of an image gathers once. Every process then holds
+    all weights. A module that is not sharded is left as it is.
+    """
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    if method not in vars(module):
+        register_fsdp_forward_method(module, method)
+    units = [unit for unit in module.modules() if isinstance(unit, FSDPModule) and unit is not module]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(True, recurse=False)
+        reshard(module)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A detached copy on the CPU, gathered from all processes if it is sharded (collective)."""
     gathered = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

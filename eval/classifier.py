@@ -106,21 +106,29 @@ def class_count(labels: np.ndarray, class_names: tuple[str, ...] = ()) -> int:
     return max(len(class_names) if labels.max() >= 0 else 0, int(labels.max()) + 1)
 
 
-def check_classes(train_set: ImageSet) -> int:
-    """The number of classes; raise ValueError if there are fewer than two."""
+def check_classes(
+    train_set: ImageSet,
+    *,
+    asked: str = "eval.features has 'classifier'",
+    remedy: str = "use --eval.features=[random], or inception with its weights",
+) -> int:
+    """The number of classes; raise ValueError, which says what `asked` for them, if there are fewer than two."""
     num_classes = class_count(train_set.labels, train_set.class_names)
     if num_classes < 2:
-        raise ValueError(
-            "eval.features has 'classifier', but the training images have no labels of at least two classes; "
-            "use --eval.features=[random], or inception with its weights"
-        )
+        raise ValueError(f"{asked}, but the training images have no labels of at least two classes; {remedy}")
     return num_classes
 
 
 def train_classifier(
-    config: ClassifierConfig, *, train_set: ImageSet, test_set: ImageSet, run: RunConfig, device: Device
+    config: ClassifierConfig,
+    *,
+    train_set: ImageSet,
+    test_set: ImageSet,
+    run: RunConfig,
+    device: Device,
+    name: str = "classifier",
 ) -> tuple[Classifier, dict[str, Any]]:
-    """Train the classifier into run.folder/eval/classifier, or load it from there or from `config.path`.
+    """Train the classifier into run.folder/eval/<name>, or load it from there or from `config.path`.
 
     Returns the network in eval mode on the device, and its card with `accuracy` on the test split. Every process of a
     run must call it.
@@ -131,7 +139,7 @@ def train_classifier(
     num_classes = check_classes(train_set)
     if config.path is not None:
         return load_classifier(Path(config.path), num_classes=num_classes, device=device)
-    folder = run.folder / "eval" / "classifier"
+    folder = run.folder / "eval" / name
     identity = {"classifier": to_dict(config), "data": train_set.content()}
     if not is_finished(folder, identity):
         _train(config, identity, folder, train_set=train_set, test_set=test_set, run=run, device=device)
@@ -147,7 +155,7 @@ def load_classifier(folder: Path, *, num_classes: int, device: Device) -> tuple[
     card, weights = load_model(folder)
     if card.get("kind") != "classifier" or card["num_classes"] != num_classes:
         found = f"a {card.get('kind')!r} of {card.get('num_classes')} classes"
-        raise ValueError(f"eval.classifier: {folder} holds {found}; the data set needs one of {num_classes} classes")
+        raise ValueError(f"classifier: {folder} holds {found}; the data set needs one of {num_classes} classes")
     network = Classifier(tuple(card["config"]["widths"]), num_classes)
     network.load_state_dict(weights)
     return network.eval().requires_grad_(False).to(device.device), card
@@ -185,7 +193,7 @@ def _train(
         network.load_state_dict(weights["classifier"])
         score = accuracy(network.eval(), test_set, batch_size=256, device=torch.device("cpu"))
         low, high = score.interval or (score.value, score.value)
-        print(f"classifier: {score.value:.2%} of the test images right ({low:.2%} to {high:.2%})")
+        print(f"{folder.name}: {score.value:.2%} of the test images right ({low:.2%} to {high:.2%})")
         card = {"kind": "classifier", "config": identity["classifier"], "identity": identity}
         measured = {"num_classes": num_classes, "accuracy": score.value, "accuracy_interval": score.interval}
         save_model(folder, weights["classifier"], {**card, **measured})

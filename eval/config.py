@@ -7,6 +7,8 @@ from typing import Literal
 
 from engine.config import TrainConfig
 
+REPRESENTATIONS = ("pixels", "tokenizer", "autoregressive", "autoregressive_random", "diffusion")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierConfig:
@@ -25,16 +27,29 @@ class ClassifierConfig:
     )
     """How the classifier is trained."""
 
-
     def __post_init__(self) -> None:
         if any(width < 8 or width % 8 for width in self.widths):
-            raise ValueError(f"eval.classifier.widths={list(self.widths)} must be multiples of 8")
+            raise ValueError(f"classifier.widths={list(self.widths)} must be multiples of 8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RejectionConfig:
+    acceptances: tuple[float, ...] = ()
+    """Also score the best share of candidates of each class, once for each share listed; 0.5 and 0.25 are usual."""
+    classifier: ClassifierConfig = field(default_factory=lambda: ClassifierConfig(seed=1))
+    """The classifier that picks them: another one than eval.classifier, so that no score is circular."""
+
+    def __post_init__(self) -> None:
+        for acceptance in self.acceptances:
+            check_acceptance("eval.rejection.acceptances", acceptance)
+        if len(set(self.acceptances)) < len(self.acceptances):
+            raise ValueError(f"eval.rejection.acceptances={list(self.acceptances)} names a share twice")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    families: tuple[str, ...] = ("pixels", "tokenizer", "autoregressive", "diffusion")
-    """Which representations are probed, as far as the run has them; pixels is the baseline."""
+    families: tuple[str, ...] = REPRESENTATIONS
+    """What is probed, as far as the run has it; pixels and autoregressive_random (untrained weights) are baselines."""
     taps: Literal["all"] | tuple[str, ...] = "all"
     """Names of the taps to probe in each family; all probes every one."""
     c_grid: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -47,12 +62,12 @@ class ProbeConfig:
     """Test images at most; 0 takes all."""
 
     def __post_init__(self) -> None:
-        known = ("pixels", "tokenizer", "autoregressive", "diffusion")
+        known = ", ".join(REPRESENTATIONS)
         if not self.families:
-            raise ValueError(f"eval.probe.families is empty; name any of {', '.join(known)}")
-        unknown = [family for family in self.families if family not in known]
+            raise ValueError(f"eval.probe.families is empty; name any of {known}")
+        unknown = [family for family in self.families if family not in REPRESENTATIONS]
         if unknown:
-            raise ValueError(f"eval.probe.families has {unknown[0]!r}; it takes any of {', '.join(known)}")
+            raise ValueError(f"eval.probe.families has {unknown[0]!r}; it takes any of {known}")
         if not self.c_grid or min(self.c_grid) <= 0:
             raise ValueError(f"eval.probe.c_grid={list(self.c_grid)} must hold at least one number, all above 0")
         if not 0 < self.held_out < 1:
@@ -75,6 +90,8 @@ class EvalConfig:
     """Test images to reconstruct at most; 0 takes all."""
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     """The classifier behind the classifier features and class_accuracy."""
+    rejection: RejectionConfig = field(default_factory=RejectionConfig)
+    """Rejection sampling: the best of the samples are scored beside all of them, under names of their own."""
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     """The linear probe."""
 
@@ -85,8 +102,24 @@ class EvalConfig:
             raise ValueError(f"eval.num_samples={self.num_samples} is too few for any interval; take at least 20")
         if self.batch_size < 1:
             raise ValueError(f"eval.batch_size={self.batch_size} must be at least 1")
+        if self.rejection.acceptances and "classifier" in self.features and self._picks_as_it_judges:
+            raise ValueError(
+                "eval.rejection.classifier is the very one that judges (eval.classifier), so its scores would be "
+                f"circular: use another --eval.rejection.classifier.seed, now {self.rejection.classifier.seed}, or path"
+            )
+
+    @property
+    def _picks_as_it_judges(self) -> bool:
+        picks, judges = self.rejection.classifier, self.classifier
+        return picks.path == judges.path if picks.path or judges.path else picks == judges
 
     @property
     def main_features(self) -> str:
         """The features under kid, precision and recall: Inception where it is listed, else the first listed."""
         return "inception" if "inception" in self.features else self.features[0]
+
+
+def check_acceptance(key: str, acceptance: float) -> None:
+    """Raise ValueError unless a share of candidates lies between 0 and 1."""
+    if not 0 < acceptance < 1:
+        raise ValueError(f"{key}={acceptance} must lie between 0 and 1, as 0.25 does")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.config import RunConfig, to_dict
+from engine.config import RunConfig
 from engine.device import Device, exact_products
 from engine.images import ImageSet
 from eval.config import EvalConfig
@@ -27,10 +27,11 @@ from eval.judge import (
     sample_scores,
 )
 from eval.protocol import Record, protocol, record
+from eval.rejection import subject_name
 from eval.statistics import mean_of
 from generator.config import AutoregressiveConfig, DiffusionConfig
-from generator.sample import load_generator, sample
-from tokenizer.model import Tokenizer, load_tokenizer
+from generator.sample import sample
+from tokenizer.model import Tokenizer
 
 
 def ensure_samples(
@@ -40,10 +41,7 @@ def ensure_samples(
 
     Every process of a run must call it.
     """
-    folder = run.folder / "samples" / family
-    if _has_samples(folder, run=run, config=config, family=family, num=num):
-        return folder
-    return sample(run=run, config=config, family=family, device=device, num=num)
+    return sample(run=run, config=config, family=family, device=device, num=num, candidates=num)
 
 
 def check_enough_real(train_set: ImageSet, num: int) -> None:
@@ -86,25 +84,30 @@ def score_samples(
     main: str,
     weights: str,
 ) -> list[Record]:
-    """All scores of the samples in a folder; `weights` says EMA or raw."""
+    """All scores of the samples in a folder; `weights` says EMA or raw.
+
+    The best of more candidates are told as such: <family>@accept<share> is their subject.
+    """
     told = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
     num, family = config.num_samples, told["family"]
+    subject = subject_name(family, told["acceptance"]) if "acceptance" in told else family
     batches = png_batches(folder, num, size=train_set.size, batch_size=config.batch_size)
-    made = judge(extractors, batches, device=device, total=num, title=f"judge/{family}")
+    made = judge(extractors, batches, device=device, total=num, title=f"judge/{subject}")
     labels, seeds = torch.tensor(told["labels"][:num]), told["seeds"][:num]
     facts: dict[str, Any] = {
         **data_facts(train_set),
         "subject": {
             **{key: told[key] for key in ("generator", "tokenizer", "settings")},
+            **{key: told[key] for key in ("acceptance", "candidates", "classifier") if key in told},
             "seeds": [seeds[0], seeds[-1]],
             "labels": torch.bincount(labels + 1).tolist(),
             "weights": weights,
         },
     }
-    records = sample_scores(family, made, reference, extractors, main=main, facts=facts)
+    records = sample_scores(subject, made, reference, extractors, main=main, facts=facts)
     judge_of_classes = next((each for each in extractors if each.name == "classifier"), None)
     if judge_of_classes is not None and int(labels.min()) >= 0:
-        records.append(class_accuracy(family, made, labels, judge_of_classes, facts=facts))
+        records.append(class_accuracy(subject, made, labels, judge_of_classes, facts=facts))
     return records
 
 
@@ -136,22 +139,3 @@ def weights_kind(config: Any) -> str:
 
 def _images(images: ImageSet, indices: np.ndarray, batch_size: int) -> Iterator[Tensor]:
     return (batch["images"] for batch in drawn_batches(images, indices, batch_size))
-
-
-def _has_samples(
-    folder: Path, *, run: RunConfig, config: AutoregressiveConfig | DiffusionConfig, family: str, num: int
-) -> bool:
-    """Whether the first `num` samples in the folder are what sampling now would give."""
-    path = folder / "samples.json"
-    if not path.is_file():
-        return False
-    told, generator = json.loads(path.read_text(encoding="utf-8")), load_generator(run.folder, family)
-    wish, classes = to_dict(config.sample), generator.num_classes
-    turns = [index % classes if classes else -1 for index in range(num)]
-    return bool(
-        told["generator"] == generator.fingerprint
-        and told["tokenizer"] == load_tokenizer(run.folder).fingerprint
-        and all(wish.get(key) == value for key, value in told["settings"].items())
-        and told["labels"][:num] == turns
-        and len(told["seeds"]) >= num
-    )

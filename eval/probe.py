@@ -101,12 +101,14 @@ def probe_tap(
     held_out: float,
     seed: int = 0,
 ) -> TapScore:
-    """Probe one representation: features [N, D] with labels int64 [N] in 0 .. K - 1.
+    """Probe one representation: features [N, D] with labels int64 [N].
+
+    The classes are those of the training images; a test image of another one counts as wrong.
 
     Raises:
         ValueError: fewer than two classes.
     """
-    num_classes = int(max(train_labels.max(), test_labels.max())) + 1
+    num_classes = int(train_labels.max()) + 1
     if len(train_labels.unique()) < 2:
         raise ValueError("a linear probe needs training labels of at least two classes")
     choice = choose_penalty(train, train_labels, num_classes=num_classes, c_grid=c_grid, held_out=held_out, seed=seed)

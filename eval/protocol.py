@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -86,10 +86,15 @@ def merge_scores(path: Path, new: Sequence[Record]) -> list[Record]:
 
 def drop_stale(path: Path, models: Collection[str]) -> None:
     """Remove from a metrics.json the records of models other than those with these fingerprints."""
+    drop_scores(path, lambda entry: not _models_of(entry) <= set(models))
+
+
+def drop_scores(path: Path, unwanted: Callable[[Record], bool]) -> None:
+    """Remove records from a metrics.json, if there is one."""
     old = read_scores(path) if Path(path).exists() else []
-    current = [entry for entry in old if _models_of(entry) <= set(models)]
-    if len(current) < len(old):
-        write_json(path, current)
+    kept = [entry for entry in old if not unwanted(entry)]
+    if len(kept) < len(old):
+        write_json(path, kept)
 
 
 def _models_of(entry: Record) -> set[str]:

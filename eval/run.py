@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,24 @@ from eval.generator_scores import (
     score_samples,
     weights_kind,
 )
-from eval.protocol import Record, drop_stale, merge_scores
+from eval.protocol import Record, drop_scores, drop_stale, merge_scores
+from eval.rejection import (
+    Picker,
+    check_no_judge,
+    is_accepted,
+    num_candidates,
+    open_picker,
+    sample_accepted,
+    subject_name,
+)
 from eval.table import table
 from eval.taps import (
     Representation,
+    encoded_once,
     generator_representation,
     pixel_representation,
     probe_representation,
+    random_representation,
     tokenizer_representation,
 )
 from eval.tokenizer_scores import load_lpips, lpips_nets, score_tokenizer
@@ -40,6 +52,7 @@ from tokenizer.config import TokenizerConfig
 from tokenizer.model import Tokenizer, load_tokenizer
 
 GeneratorConfig = AutoregressiveConfig | DiffusionConfig
+Drawn = tuple[str, Path]  # a family, and a folder of its samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,13 +127,15 @@ def evaluate(
     if "fid" in parts:
         check_enough_real(subject.train_set, eval.num_samples)
     extractors = [] if only == "probe" else open_extractors(subject)
-    folders = _samples(subject) if "fid" in parts else {}
+    folders = _samples(subject, extractors) if "fid" in parts else []
     records: list[Record] = []
     if device.is_main:
         path = run.folder / "eval" / "metrics.json"
         drop_stale(path, subject.fingerprints if only else ())
         for part in parts:
             found = _score(part, subject, extractors, folders)
+            if part == "fid":
+                drop_scores(path, is_accepted)  # at acceptances that are no longer asked for
             merge_scores(path, found)
             records += found
         print(table(records))
@@ -141,6 +156,10 @@ def check(*, data: DataConfig, eval: EvalConfig, device: Device) -> None:
         classes = check_classes(train_set)
         if eval.classifier.path is not None:
             load_classifier(Path(eval.classifier.path), num_classes=classes, device=device)
+    if eval.rejection.acceptances:
+        classes = check_classes(train_set, asked="eval.rejection.acceptances is set", remedy="leave it empty")
+        if eval.rejection.classifier.path is not None:
+            load_classifier(Path(eval.rejection.classifier.path), num_classes=classes, device=device)
     for net in lpips_nets(eval.lpips, data.size) if eval.lpips != "auto" else ():
         load_lpips(net, device.device)
 
@@ -158,7 +177,7 @@ def open_extractors(subject: Subject) -> list[Extractor]:
     return [extractor.to(subject.device.device) for extractor in opened]
 
 
-def _score(part: str, subject: Subject, extractors: Sequence[Extractor], folders: dict[str, Path]) -> list[Record]:
+def _score(part: str, subject: Subject, extractors: Sequence[Extractor], folders: Sequence[Drawn]) -> list[Record]:
     if part == "reconstruction":
         return score_tokenizer(
             subject.tokenizer,
@@ -171,24 +190,28 @@ def _score(part: str, subject: Subject, extractors: Sequence[Extractor], folders
     return _score_generators(subject, extractors, folders) if part == "fid" else _probe(subject)
 
 
-def _score_generators(subject: Subject, extractors: Sequence[Extractor], folders: dict[str, Path]) -> list[Record]:
+def _score_generators(subject: Subject, extractors: Sequence[Extractor], folders: Sequence[Drawn]) -> list[Record]:
     config, device, train_set = subject.config, subject.device.device, subject.train_set
     main = extractors[config.features.index(config.main_features)].name
     reference, control = real_halves(train_set, extractors, config=config, device=device)
     records = score_real(control, reference, extractors, main=main, train_set=train_set)
-    for family, folder in folders.items():
+    for family, folder in folders:
         weights = weights_kind(subject.families[family])
         records += score_samples(
             folder, reference, extractors, config=config, train_set=train_set, device=device, main=main, weights=weights
         )
-        if family == "autoregressive":
-            models = subject.generator(family), subject.tokenizer
-            records.append(
-                score_likelihood(
-                    *models, subject.test_set, batch_size=config.batch_size, device=device, weights=weights
-                )
-            )
-    return records
+    return records + [_likelihood(subject, family) for family in subject.families if family == "autoregressive"]
+
+
+def _likelihood(subject: Subject, family: str) -> Record:
+    return score_likelihood(
+        subject.generator(family),
+        subject.tokenizer,
+        subject.test_set,
+        batch_size=subject.config.batch_size,
+        device=subject.device.device,
+        weights=weights_kind(subject.families[family]),
+    )
 
 
 def _probe(subject: Subject) -> list[Record]:
@@ -212,11 +235,21 @@ def _probe(subject: Subject) -> list[Record]:
     return records
 
 
-def _representations(subject: Subject) -> list[Representation]:
+def _representations(subject: Subject) -> Iterator[Representation]:
+    """What eval.probe.families names and the run has, one after the other."""
     tokenizer, wanted = subject.tokenizer, subject.config.probe.families
-    found = [pixel_representation(), tokenizer_representation(tokenizer)]
-    found += [generator_representation(subject.generator(family), tokenizer) for family in subject.families]
-    return [representation for representation in found if representation.family in wanted]
+    encode = encoded_once(tokenizer)
+    makers: dict[str, Callable[[], Representation]] = {
+        "pixels": pixel_representation,
+        "tokenizer": lambda: tokenizer_representation(tokenizer),
+        "autoregressive": lambda: generator_representation(subject.generator("autoregressive"), tokenizer, encode),
+        "autoregressive_random": lambda: random_representation(subject.generator("autoregressive"), tokenizer, encode),
+        "diffusion": lambda: generator_representation(subject.generator("diffusion"), tokenizer, encode),
+    }
+    for name, make in makers.items():
+        family = name.removesuffix("_random")
+        if name in wanted and (family in subject.families or family in ("pixels", "tokenizer")):
+            yield make()
 
 
 def _classifier(subject: Subject) -> tuple[Classifier, dict[str, Any]]:
@@ -229,12 +262,47 @@ def _classifier(subject: Subject) -> tuple[Classifier, dict[str, Any]]:
     )
 
 
-def _samples(subject: Subject) -> dict[str, Path]:
-    num, device = subject.config.num_samples, subject.device
-    return {
-        family: ensure_samples(run=subject.run, config=config, family=family, num=num, device=device)
-        for family, config in subject.families.items()
-    }
+def _samples(subject: Subject, extractors: Sequence[Extractor]) -> list[Drawn]:
+    """The families with a folder of samples that are to be scored, and again with those of the best candidates."""
+    num, device, found = subject.config.num_samples, subject.device, []
+    picker = _picker(subject, extractors) if subject.config.rejection.acceptances else None
+    for family, config in subject.families.items():
+        plain = ensure_samples(run=subject.run, config=config, family=family, num=num, device=device)
+        found += [(family, plain)]
+        found += [(family, kept) for kept in _accepted(subject, family, picker, plain)] if picker else []
+    return found
+
+
+def _picker(subject: Subject, extractors: Sequence[Extractor]) -> Picker:
+    """The classifier for rejection, once it is sure that it may pick."""
+    check_classes(subject.train_set, asked="eval.rejection.acceptances is set", remedy="leave it empty")
+    picker = open_picker(
+        subject.config.rejection.classifier,
+        train_set=subject.train_set,
+        test_set=subject.test_set,
+        run=subject.run,
+        device=subject.device,
+    )
+    check_no_judge(picker, extractors)
+    return picker
+
+
+def _accepted(subject: Subject, family: str, picker: Picker, plain: Path) -> list[Path]:
+    """A folder for each acceptance; candidates are drawn once, and begin with the samples that are there already."""
+    num, acceptances = subject.config.num_samples, subject.config.rejection.acceptances
+    folder, config = subject.run.folder / "samples", subject.families[family]
+    if max(json.loads((plain / "samples.json").read_text(encoding="utf-8"))["labels"]) < 0:
+        if subject.device.is_main:
+            print(f"rejection sampling of {family} left out: it was trained without classes")
+        return []
+    return [
+        sample_accepted(
+            run=subject.run, config=config, family=family, device=subject.device, picker=picker, acceptance=acceptance,
+            out=folder / subject_name(family, acceptance), pool=folder / f"{family}-candidates", num=num,
+            largest=num_candidates(num, min(acceptances)), known=[plain],
+        )
+        for acceptance in acceptances
+    ]  # fmt: skip
 
 
 def _trained(folder: Path, sections: dict[str, GeneratorConfig | None]) -> dict[str, GeneratorConfig]:

@@ -30,15 +30,17 @@ from generator.autoregressive import VIM, build_network
 from generator.autoregressive_task import AutoregressiveTask
 from generator.card import generator_card
 from generator.condition import label_rows, spread_labels
-from generator.config import AutoregressiveConfig, DiffusionConfig
-from generator.decoding import decode
+from generator.config import AutoregressiveConfig, AutoregressiveSampleConfig, DiffusionConfig
+from generator.decoding import decode, guidance_at
 from generator.denoiser import DiT
 from generator.diffusion import Diffusion, build_denoiser
 from generator.diffusion_task import DiffusionTask
+from generator.train import reads_codes
 from tokenizer.adversary import passes_per_step
 from tokenizer.config import TokenizerConfig
 from tokenizer.costs import training_passes, untrained
 from tokenizer.discriminator import build_discriminator
+from tokenizer.encode import encode_flops
 from tokenizer.model import Tokenizer
 from tokenizer.perceptual import PERCEPTUAL_PASSES, open_perceptual
 from tokenizer.train import TokenizerTask
@@ -70,7 +72,7 @@ def speed(
     bench, path = Bench(run, device, seconds=seconds), run.folder / "eval" / "speed.json"
     images = open_images(data, "train")
     bench.read("image loading", images, tokenizer.train.batch_size, data.workers, limit=len(images))
-    model = Tokenizer(tokenizer.model, tokenizer.quantizer, image_size=data.size)
+    model = Tokenizer(tokenizer.model, tokenizer.quantizer, image_size=data.size).eval().requires_grad_(False)
     with tempfile.TemporaryDirectory() as folder:
         shards, origin = usable_shards(run, model, images.class_names, Path(folder) / "codes")
         bench.read("code loading", shards, tokenizer.train.batch_size, data.workers, note=origin)
@@ -117,38 +119,57 @@ def step_flops(model: Tokenizer, config: TokenizerConfig) -> int:
 def measure_autoregressive_step(
     bench: Bench, config: AutoregressiveConfig, shards: Shards, tokenizer: Tokenizer
 ) -> None:
-    """Training steps of the autoregressive generator."""
+    """Training steps of the autoregressive generator; with codes=on_the_fly, each encodes random images first."""
+    card = generator_card(config, shards, tokenizer)
     with torch.device("meta"):
-        network = build_network(config.model, generator_card(config, shards, tokenizer))
+        network = build_network(config.model, card)
         inputs = torch.empty(1, network.length, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
+    forward, encodes = forward_flops(network, *inputs), not reads_codes(config)
+    forward += round(encode_flops(tokenizer) / TRAINING_FACTOR) if encodes else 0
     bench.step(
-        "autoregressive step", config, shards, forward=forward_flops(network, *inputs), tokens=network.length,
-        build=lambda section: AutoregressiveTask(
-            config=section, shards=shards, test_shards=shards, tokenizer=tokenizer
-        ),
+        "autoregressive step", config, RandomImages(tokenizer.image_size) if encodes else shards,
+        forward=forward, tokens=network.length, note="encodes its images" if encodes else "",
+        build=lambda section: AutoregressiveTask(config=section, card=card, test_shards=shards, tokenizer=tokenizer),
     )  # fmt: skip
 
 
 def measure_decoding(bench: Bench, config: AutoregressiveConfig, card: dict[str, Any]) -> None:
-    """Sampling code by code with a cache: as many codes of the sequence as time allows, since each costs the same."""
+    """Sampling code by code with a cache: as many codes of the sequence as time allows.
+
+    The cost of a code grows a little along the sequence, as more and more codes before it are attended to.
+    """
     name, settings, device = "autoregressive sampling", config.sample, bench.device.device
-    bench.begin(name, torch.float32)
-    network = build_network(config.model, card).to(device).eval().requires_grad_(False)
-    one, classes = torch.zeros(1, dtype=torch.int64), network.num_classes
-    flops = forward_flops(NextCode(network), one[:, None], one) * (1 if settings.guidance == 1 else 2)
-    batch = min(settings.batch_size, max(1, int(bench.affordable(flops, 1 / 32))))
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    bench.begin(name, dtype)
+    network = build_network(config.model, card).to(device, dtype).eval().requires_grad_(False)
+    length, classes = network.length, network.num_classes
+    most = code_flops(network, length) * rows_per_image(settings, length)
+    batch = min(settings.batch_size, max(1, int(bench.affordable(most, 1 / 32))))
     labels = label_rows(spread_labels(batch, classes), batch, classes).to(device)
 
     def draw(codes: int) -> Tensor:
         return decode(network, labels, torch.rand(batch, codes, device=device), settings, null_label=classes)
 
-    codes = _fitting(draw, network.length, bench)
+    codes = _fitting(draw, length, bench)
     times = time_calls(lambda: draw(codes), device=bench.device, seconds=bench.seconds / 2)
-    note = ", ".join(filter(None, [cut(batch, settings.batch_size), f"{codes:,} codes of {network.length:,}"]))
+    flops = code_flops(network, (codes + 1) / 2) * rows_per_image(settings, codes)
     bench.end(
-        name, times, images=batch * codes / network.length, batch_size=batch, tokens=network.length,
-        flops=flops * batch * codes, note=note,
+        name, times, images=batch * codes / length, batch_size=batch, tokens=length, flops=flops * batch * codes,
+        note=", ".join(filter(None, [cut(batch, settings.batch_size), f"{codes:,} codes of {length:,}"])),
     )  # fmt: skip
+
+
+def code_flops(network: VIM, seen: float) -> float:
+    """Operations that decode one code of one row, which attends to the `seen` newest positions of its cache."""
+    one = torch.zeros(1, dtype=torch.int64)
+    least, most = (forward_flops(NextCode(network, window), one[:, None], one) for window in (1, network.length))
+    return least + (most - least) * (seen - 1) / max(1, network.length - 1)  # attention is linear in what it sees
+
+
+def rows_per_image(settings: AutoregressiveSampleConfig, codes: int) -> float:
+    """Rows of the network that an image takes on average: guidance reads one with the null label while it lasts."""
+    guided = (step + 1 for step in range(codes) if guidance_at(step / codes, settings) != 1)
+    return 1 + max(guided, default=0) / codes
 
 
 def measure_diffusion_step(bench: Bench, config: DiffusionConfig, shards: Shards, tokenizer: Tokenizer) -> None:
@@ -201,14 +222,16 @@ def _fitting(draw: Callable[[int], Tensor], most: int, bench: Bench) -> int:
 
 
 class NextCode(nn.Module):
-    """One more code of a sequence whose cache is full length: what decoding calls again and again."""
+    """One more code of a sequence whose cache holds `window` positions: what decoding calls again and again."""
 
-    def __init__(self, network: VIM) -> None:
+    def __init__(self, network: VIM, window: int) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.window = network, window
 
     def forward(self, codes: Tensor, position: Tensor) -> Tensor:
-        return self.network.advance(codes, None, position, self.network.caches(len(codes)))
+        whole = self.network.caches(len(codes))
+        caches = [cache.view(rows=slice(None), window=self.window, complete=True) for cache in whole]
+        return self.network.advance(codes, None, position, caches)
 
 
 class RandomImages:

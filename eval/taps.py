@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from eval.probe import TapScore, best_tap, probe_curve
 from eval.protocol import Record, protocol, record
 
 PIXEL_SIDE = 32  # larger images are shrunk for the pixel baseline
+RANDOM_SEED = 0  # of the untrained twin
 
 
 class Representation(NamedTuple):
@@ -45,16 +47,52 @@ def tokenizer_representation(tokenizer: Any) -> Representation:
     return Representation("tokenizer", tuple(tokenizer.taps), features, {"tokenizer": tokenizer.fingerprint})
 
 
-def generator_representation(generator: Any, tokenizer: Any) -> Representation:
-    """Activations of a generator's blocks over the codes or latents of real images."""
-    encode = tokenizer.encode if generator.family == "autoregressive" else tokenizer.to_latents
+Encode = Callable[[Tensor], Tensor]  # uint8 images [B, 3, H, W] -> codes int64 [B, T]
 
+
+def encoded_once(tokenizer: Any) -> Encode:
+    """The tokenizer's `encode` for several representations of the same images: each batch is encoded for the first."""
+    known: dict[bytes, Tensor] = {}
+
+    def encode(images: Tensor) -> Tensor:
+        key = hashlib.sha256(images.cpu().numpy().tobytes()).digest()
+        if key not in known:
+            known[key] = tokenizer.encode(images).cpu()
+        return known[key].to(images.device)
+
+    return encode
+
+
+def generator_representation(generator: Any, tokenizer: Any, encode: Encode) -> Representation:
+    """Activations of a generator's blocks over the codes or latents of real images, behind the null label."""
+    codes = encode if generator.family == "autoregressive" else tokenizer.to_latents
+    facts = {"generator": generator.fingerprint, "tokenizer": tokenizer.fingerprint}
+    if generator.num_classes and not generator.label_dropout:
+        print(
+            f"probe: {generator.family} was trained with label_dropout=0 and never saw the null label that its features"
+            f" stand behind; for a fair probe train with {generator.family}.model.label_dropout above 0"
+        )
+        facts["null_label"] = "never trained"
+    return Representation(generator.family, tuple(generator.taps), _features_of(generator, codes), facts)
+
+
+def random_representation(generator: Any, tokenizer: Any, encode: Encode) -> Representation:
+    """The same architecture as an autoregressive generator with fresh weights: what training must beat."""
+    twin = generator.randomised(RANDOM_SEED)
+    facts = {
+        "generator": generator.fingerprint,
+        "tokenizer": tokenizer.fingerprint,
+        "weights": f"random, seed {RANDOM_SEED}",
+    }
+    return Representation(f"{generator.family}_random", tuple(twin.taps), _features_of(twin, encode), facts)
+
+
+def _features_of(generator: Any, encode: Encode) -> Callable[[Tensor, Sequence[str]], list[Tensor]]:
     def features(images: Tensor, taps: Sequence[str]) -> list[Tensor]:
         tokens = encode(images)
         return [generator.features(tokens, tap) for tap in taps]
 
-    facts = {"generator": generator.fingerprint, "tokenizer": tokenizer.fingerprint}
-    return Representation(generator.family, tuple(generator.taps), features, facts)
+    return features
 
 
 def probe_representation(

@@ -3,47 +3,80 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.products import Linear
 from generator.condition import check_guidance, label_rows
 from generator.config import AutoregressiveModelConfig, AutoregressiveSampleConfig
-from generator.decoding import decode, seeded_uniforms
-from generator.transformer import Block, Dropout, KVCache
+from generator.decoding import decode, seeded_uniforms, stream
+from generator.order import SOURCE, source_positions
+from generator.rotary import Rotary, Turns
+from generator.transformer import Block, Dropout, KVCache, build_norm
 
 
 class VIM(nn.Module):
-    """Label and codes before t predict code t; the last label is the null label, for images of no known class."""
+    """Label and codes before t predict code t; the last label is the null label, for images of no known class.
 
-    def __init__(self, model: AutoregressiveModelConfig, *, vocab_size: int, length: int, num_classes: int) -> None:
+    Positions are learned; the modern block turns queries and keys besides, by row and column.
+
+    Args:
+        grid: rows and columns of cells, which share the `length` codes evenly; needed by the modern block alone.
+        random_order: also learn where the newest code lies, to train in orders other than the raster.
+
+    Raises:
+        ValueError: the modern block without a grid.
+    """
+
+    def __init__(
+        self,
+        model: AutoregressiveModelConfig,
+        *,
+        vocab_size: int,
+        length: int,
+        num_classes: int,
+        grid: Sequence[int] | None = None,
+        random_order: bool = False,
+    ) -> None:
         super().__init__()
         depth, width, heads = model.shape
+        modern = model.block == "modern"
         self.vocab_size, self.length, self.num_classes, self.heads = vocab_size, length, num_classes, heads
+        self.rotary = _rotary(width // heads, length, grid) if modern else None
         self.code_embedding = nn.Embedding(vocab_size, width)
         self.label_embedding = nn.Embedding(num_classes + 1, width)
         self.position_embedding = nn.Embedding(length, width)
+        # Row 0 belongs to the label, which lies nowhere, and stays 0; row t belongs to the place of code t - 1.
+        self.source_embedding = nn.Embedding(length + 1, width, padding_idx=0) if random_order else None
         self.dropout = Dropout(model.dropout)
         self.blocks = nn.ModuleList(
-            Block(width, heads, mlp_ratio=model.mlp_ratio, dropout=model.dropout) for _ in range(depth)
+            Block(width, heads, mlp_ratio=model.mlp_ratio, dropout=model.dropout, modern=modern) for _ in range(depth)
         )
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, vocab_size, bias=False)
+        self.norm = build_norm(width, modern=modern)
+        self.head = Linear(width, vocab_size, bias=False)
         self._initialise()
 
-    def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
-        """Logits [B, T, K] of every code, teacher-forced: codes int64 [B, T], labels int64 [B] in 0 .. num_classes."""
-        return self.head(self.norm(self.hidden(codes, labels, len(self.blocks))))
+    def forward(self, codes: Tensor, labels: Tensor, order: Tensor | None = None) -> Tensor:
+        """Logits [B, T, K] of every code, teacher-forced: codes int64 [B, T], labels int64 [B] in 0 .. num_classes.
 
-    def hidden(self, codes: Tensor, labels: Tensor, depth: int) -> Tensor:
-        """The residual stream [B, T, D] after `depth` blocks; row t has seen the label and codes before t."""
-        position = torch.arange(codes.shape[1], device=codes.device)
-        x = self._embed(codes[:, :-1], labels, position)                          # [B, T, D]
+        With an order, a permutation int64 [B, T] of 0 .. T - 1 for each sample, the logits come in that order: row t
+        predicts code order[:, t] from the label and codes order[:, :t]. Without one, the order is the raster.
+        """
+        return self.head(self.norm(self.hidden(codes, labels, len(self.blocks), order)))
+
+    def hidden(self, codes: Tensor, labels: Tensor, depth: int, order: Tensor | None = None) -> Tensor:
+        """The residual stream [B, T, D] after `depth` blocks; row t has seen the label and t codes of the order."""
+        target = source = torch.arange(codes.shape[1], device=codes.device)       # [T]
+        if order is not None:
+            codes, target, source = codes.gather(1, order), order, source_positions(order)  # [B, T] each
+        x = self._embed(codes[:, :-1], labels, target, source)                    # [B, T, D]
+        turns = self._turns(source)
         for block in self.blocks[:depth]:
-            x = block(x, causal=True)
+            x = block(x, causal=True, turns=turns)
         return x
 
     def caches(self, batch_size: int) -> list[KVCache]:
@@ -54,16 +87,24 @@ class VIM(nn.Module):
 
     def advance(self, codes: Tensor, labels: Tensor | None, position: Tensor, caches: list[KVCache]) -> Tensor:
         """Logits [B, K] of the next code, after new tokens at `position` [n]: a label [B], if given, then codes."""
-        x = self._embed(codes, labels, position)                                  # [B, n, D]
+        x = self._embed(codes, labels, position, position)                        # [B, n, D]
+        turns = self._turns(position)
         for block, cache in zip(self.blocks, caches, strict=True):
-            x = block(x, cache=cache, position=position)
+            x = block(x, cache=cache, position=position, turns=turns)
         return self.head(self.norm(x[:, -1]))
 
-    def _embed(self, codes: Tensor, labels: Tensor | None, position: Tensor) -> Tensor:
+    def _embed(self, codes: Tensor, labels: Tensor | None, target: Tensor, source: Tensor) -> Tensor:
+        """Inputs [B, n, D] that predict the codes at `target`; the label or code that each carries is at `source`."""
         x = self.code_embedding(codes)
         if labels is not None:
             x = torch.cat([self.label_embedding(labels)[:, None], x], dim=1)
-        return self.dropout(x + self.position_embedding(position))
+        place = self.position_embedding(target)                                   # [n, D] or [B, n, D]
+        if self.source_embedding is not None:
+            place = place + self.source_embedding(source)
+        return self.dropout(x + place)
+
+    def _turns(self, source: Tensor) -> Turns | None:
+        return None if self.rotary is None else self.rotary(source)
 
     def _initialise(self) -> None:
         """As GPT-2: N(0, 0.02), and 1/sqrt(2 depth) of it for the layers that write to the residual stream."""
@@ -72,6 +113,8 @@ class VIM(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+        if self.source_embedding is not None:
+            self.source_embedding.weight.data[0].zero_()
         for name, parameter in self.named_parameters():
             if name.endswith(("attention.out.weight", "mlp.fall.weight")):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * len(self.blocks)))
@@ -96,7 +139,7 @@ class Autoregressive(nn.Module):
     def from_card(cls, card: dict[str, Any], weights: dict[str, Tensor]) -> Autoregressive:
         """Rebuild a saved generator, in eval mode."""
         with torch.device("meta"):
-            network = build_network(AutoregressiveModelConfig(**card["config"]["model"]), card)
+            network = _network_of(card, random_order=SOURCE in weights)
         network.load_state_dict(weights, assign=True)
         return cls(network, card).eval().requires_grad_(False)
 
@@ -113,17 +156,50 @@ class Autoregressive(nn.Module):
         Raises:
             ValueError: a label, a code or a setting out of range, or guidance where there is nothing to guide by.
         """
+        return decode(**self._request(labels, seeds, prefix, settings))
+
+    def stream(
+        self, labels: Tensor | None, seeds: Sequence[int], *, prefix: Tensor | None = None, **settings: Any
+    ) -> Iterator[tuple[int, Tensor]]:
+        """As `sample`, but each new code is told: the number of codes that stand, and all codes int64 [B, T] so far.
+
+        The codes are one buffer, into which later codes are written; those beyond the number mean nothing yet.
+        """
+        return stream(**self._request(labels, seeds, prefix, settings))
+
+    def _request(
+        self, labels: Tensor | None, seeds: Sequence[int], prefix: Tensor | None, settings: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The checked arguments of `decode`, on the network's device."""
         chosen = AutoregressiveSampleConfig(**settings)
         self.check_guidance(chosen.guidance)
         device = self.network.head.weight.device
         uniforms = seeded_uniforms(seeds, self.network.length).to(device)         # [B, T]
-        labels = label_rows(labels, len(uniforms), self.num_classes).to(device)   # [B]
+        rows = label_rows(labels, len(uniforms), self.num_classes).to(device)     # [B]
         if prefix is not None:
             prefix = self._checked(prefix).to(device)
-            if prefix.shape[1] >= self.network.length or len(prefix) != len(labels):
-                size = f"[{len(labels)}, fewer than {self.network.length}]"
+            if prefix.shape[1] >= self.network.length or len(prefix) != len(rows):
+                size = f"[{len(rows)}, fewer than {self.network.length}]"
                 raise ValueError(f"prefix of shape {tuple(prefix.shape)} must be {size} codes")
-        return decode(self.network, labels, uniforms, chosen, null_label=self.num_classes, prefix=prefix)
+        return {
+            "decoder": self._decoder(chosen.precision), "labels": rows, "uniforms": uniforms, "settings": chosen,
+            "null_label": self.num_classes, "prefix": prefix,
+        }  # fmt: skip
+
+    def _decoder(self, precision: str) -> VIM:
+        """The network, or a copy of it in another precision: made for each call, since in training weights change."""
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        if self.network.head.weight.dtype == dtype:
+            return self.network
+        weights = {name: weight.to(dtype) for name, weight in self.network.state_dict().items()}
+        return self.from_card(self.card, weights).network
+
+    def randomised(self, seed: int) -> Autoregressive:
+        """A generator of the same shape that has learned nothing, in eval mode; its weights depend on the seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            network = _network_of(self.card).to(self.network.head.weight.device)
+        return Autoregressive(network, self.card | {"fingerprint": f"random-{seed}"}).eval().requires_grad_(False)
 
     def check_guidance(self, guidance: float) -> None:
         """Raise ValueError if guidance is asked of a network that did not learn both a class and no class."""
@@ -155,8 +231,10 @@ class Autoregressive(nn.Module):
         return codes
 
 
-def build_network(model: AutoregressiveModelConfig, card: dict[str, Any]) -> VIM:
+def build_network(model: AutoregressiveModelConfig, card: dict[str, Any], *, random_order: bool = False) -> VIM:
     """The network for a code grid, vocabulary and number of classes, as a card names them.
+
+    `random_order` adds the table that training in random orders needs and `generator.order.fold_order` folds away.
 
     Raises:
         ValueError: the tokenizer has no codes.
@@ -167,7 +245,18 @@ def build_network(model: AutoregressiveModelConfig, card: dict[str, Any]) -> VIM
             "leave the section autoregressive out, or choose another kind"
         )
     length = math.prod(card["grid"]) * card.get("codes_per_token", 1)
-    return VIM(model, vocab_size=card["vocab_size"], length=length, num_classes=card["num_classes"])
+    size = {key: card[key] for key in ("vocab_size", "num_classes", "grid")}
+    return VIM(model, length=length, random_order=random_order, **size)
+
+
+def _network_of(card: dict[str, Any], *, random_order: bool = False) -> VIM:
+    return build_network(AutoregressiveModelConfig(**card["config"]["model"]), card, random_order=random_order)
+
+
+def _rotary(head_dim: int, length: int, grid: Sequence[int] | None) -> Rotary:
+    if grid is None:
+        raise ValueError("grid=None: autoregressive.model.block=modern needs the rows and columns of the codes")
+    return Rotary(head_dim, columns=grid[1], codes_per_cell=length // math.prod(grid))
 
 
 def check_codes(codes: Tensor, vocab_size: int, length: int) -> None:

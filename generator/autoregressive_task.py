@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,67 +13,96 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.batches import StepRandom
+from engine.device import gathered
 from engine.optim import adamw
 from engine.shards import Shards
 from engine.task import Task
 from generator.autoregressive import Autoregressive, build_network
-from generator.card import generator_card
 from generator.condition import spread_labels, training_labels
 from generator.config import AutoregressiveConfig
+from generator.order import draw_orders, random_share
+from generator.partial import paint_partial
 from tokenizer.model import Tokenizer
 
 VALIDATION_IMAGES = 2048
 VALIDATION_BATCH = 64
 PREVIEW_IMAGES = 16
+STRIP = 8  # samples whose making is shown, and stages of it
 
 
 class AutoregressiveTask(Task):
     """Next-code prediction: mean cross-entropy in nats per token; the null label replaces a share of the labels.
 
+    `card` is that of `generator_card`. Batches hold codes, or images to encode where `config.codes` is on_the_fly.
+
     Raises:
-        ValueError: labels beyond the shards' class names, or guidance where there is nothing to guide by.
+        ValueError: a tokenizer without codes, or guidance where there is nothing to guide by.
     """
 
     averaged = ("network",)
 
     def __init__(
-        self, *, config: AutoregressiveConfig, shards: Shards, test_shards: Shards, tokenizer: Tokenizer
+        self, *, config: AutoregressiveConfig, card: dict[str, Any], test_shards: Shards, tokenizer: Tokenizer
     ) -> None:
         self.config, self.test_shards, self.tokenizer = config, test_shards, tokenizer
+        self.network = build_network(config.model, card, random_order=config.order.kind == "random")
         self.unigram_entropy = test_shards.unigram_entropy()
-        card = generator_card(config, shards, tokenizer)
-        self.network = build_network(config.model, card)
         self.generator = Autoregressive(self.network, card)
         self.generator.check_guidance(config.sample.guidance)
         self.modules: dict[str, nn.Module] = {"network": self.network}
         self.optimizers: dict[str, torch.optim.Optimizer] = {"network": adamw(self.network, config.train)}
 
     def step(self, batch: dict[str, Tensor], rng: StepRandom) -> dict[str, Tensor]:
-        """batch: codes int64 [B, T], labels int64 [B]."""
+        """batch: labels int64 [B], and codes int64 [B, T] or images uint8 [B, 3, H, W]."""
+        codes = self._codes(batch)                                                # [B, T]
         dropped = rng.uniform() < self.config.model.label_dropout                 # [B]
-        return {"loss": self._cross_entropy(batch["codes"], batch["labels"].masked_fill(dropped, -1))}
+        labels = batch["labels"].masked_fill(dropped, -1)
+        if self.config.order.kind == "raster":
+            return {"loss": self._cross_entropy(codes, labels)}
+        share = random_share(rng.step, self.config.train.steps, self.config.order)
+        order = draw_orders(rng.uniform(), rng.uniform(codes.shape[1]), share) if share else None  # [B, T]
+        loss = self._cross_entropy(codes, labels, order)
+        return {"loss": loss, "random_order": torch.full_like(loss, share)}
 
     def validate(self) -> dict[str, float]:
-        """Nats per token and bits per image of held-out codes, beside the nats of each code's mere frequency."""
+        """Nats per token and bits per image of held-out codes in raster order, beside the nats of each code's mere
+        frequency and the share of these that is left."""
         nats = [self._cross_entropy(codes, labels) * len(codes) for codes, labels in self._test_batches()]
-        nll = float(torch.stack(nats).sum()) / self._num_validation
-        bits = nll * self.network.length / math.log(2)
-        return {"nll": nll, "bits_per_image": bits, "unigram_entropy": self.unigram_entropy}
+        nll, unigram = float(torch.stack(nats).sum()) / self._num_validation, self.unigram_entropy
+        told = {"nll": nll, "bits_per_image": nll * self.network.length / math.log(2), "unigram_entropy": unigram}
+        return told | {"nll_over_unigram": nll / unigram if unigram else math.inf}
 
     def preview(self) -> dict[str, Tensor]:
-        """Decoded samples, sorted by class."""
-        if hasattr(self.network.head.weight, "full_tensor"):
-            return {}  # FSDP gathers sharded weights for forward only, not for decoding
-        settings = dataclasses.asdict(self.config.sample) | {"compile": False}
+        """Decoded samples, sorted by class, and a strip of how the first of them were made: a row for each of them, a
+        column for each eighth of the codes."""
+        settings = dataclasses.asdict(self.config.sample) | {"compile": False, "precision": "fp32"}
         labels = spread_labels(PREVIEW_IMAGES, self.network.num_classes)
-        codes = self.generator.sample(labels, range(PREVIEW_IMAGES), **settings)
-        return {"samples": self.tokenizer.to(self._device).decode(codes).cpu()}
+        tokenizer, length = self.tokenizer.to(self._device), self.network.length
+        stages = [-(-length * stage // STRIP) for stage in range(1, STRIP + 1)]
+        partial: dict[int, Tensor] = {}
+        with gathered(self.network, "advance"):
+            for done, codes in self.generator.stream(labels, range(PREVIEW_IMAGES), **settings):
+                if done in stages:
+                    partial[done] = paint_partial(tokenizer, codes[:STRIP], done)  # [8, 3, H, W]
+        strip = torch.stack([partial[done] for done in stages], dim=1)            # [8, 8, 3, H, W]
+        return {"samples": tokenizer.decode(codes).cpu(), "partial": strip.flatten(0, 1).cpu()}
 
-    def _cross_entropy(self, codes: Tensor, labels: Tensor) -> Tensor:
-        """Mean over all codes [B, T] given labels [B], of which those below 0 become the null label."""
+    def _codes(self, batch: dict[str, Tensor]) -> Tensor:
+        """Codes [B, T] of a batch; images get those that `encode_images` would give them, whatever the autocast."""
+        if self.config.codes == "cached":
+            return batch["codes"]
+        with torch.autocast(self._device.type, enabled=False):
+            return self.tokenizer.to(self._device).encode(batch["images"])
+
+    def _cross_entropy(self, codes: Tensor, labels: Tensor, order: Tensor | None = None) -> Tensor:
+        """Mean over all codes [B, T] given labels [B], of which those below 0 become the null label.
+
+        The codes are predicted in `order` [B, T], places on the grid, or in raster order.
+        """
         rows = training_labels(labels, self.network.num_classes)                  # [B]
-        logits = self.modules["network"](codes, rows)                             # [B, T, K]
-        return F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten())
+        logits = self.modules["network"](codes, rows, order)                      # [B, T, K]
+        targets = codes if order is None else codes.gather(1, order)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def _test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Codes [B, T] and labels [B] of held-out images, spread evenly: test sets are often sorted by class."""

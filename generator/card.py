@@ -8,10 +8,13 @@ from typing import Any
 import torch
 
 from engine.config import to_dict
+from engine.images import ImageSet
 from engine.shards import Shards
 from generator.condition import null_unknown
 from generator.config import AutoregressiveConfig, DiffusionConfig
 from tokenizer.model import Tokenizer
+
+TRAINING = ("codes", "order", "train", "sample")  # keys that say how, not what: told beside the config
 
 
 def family_of(config: AutoregressiveConfig | DiffusionConfig) -> str:
@@ -20,23 +23,24 @@ def family_of(config: AutoregressiveConfig | DiffusionConfig) -> str:
 
 
 def generator_card(
-    config: AutoregressiveConfig | DiffusionConfig, shards: Shards, tokenizer: Tokenizer
+    config: AutoregressiveConfig | DiffusionConfig, source: Shards | ImageSet, tokenizer: Tokenizer
 ) -> dict[str, Any]:
     """What `model.json` must hold to rebuild a generator; training and sampling settings are told, but name no model.
 
+    `source` is what the generator is trained on: codes and latents, or the images that each step encodes.
+
     Raises:
-        ValueError: a label of the codes has no class name.
+        ValueError: a label of the source has no class name.
     """
-    names = list(shards.meta["class_names"])
-    null_unknown(torch.from_numpy(shards.labels), len(names))
+    names = list(source.meta["class_names"] if isinstance(source, Shards) else source.class_names)
+    null_unknown(torch.from_numpy(source.labels), len(names))
     told = to_dict(config)
     names = [] if config.model.label_dropout == 1 else names
     return {
         "kind": "generator",
         "family": family_of(config),
-        "config": {key: value for key, value in told.items() if key not in ("train", "sample")},
-        "train": told["train"],
-        "sample": told["sample"],
+        "config": {key: value for key, value in told.items() if key not in TRAINING},
+        **{key: told[key] for key in TRAINING if key in told},
         "num_classes": len(names),
         "class_names": names,
         "grid": list(tokenizer.grid),

@@ -44,9 +44,18 @@ class AutoregressiveModelConfig:
     """Dropout on residual branches, MLP activations and attention weights."""
     label_dropout: float = 0.1
     """Share of labels replaced by the null label in training: needed for guidance; 1 trains without labels."""
+    block: Literal["vim", "modern"] = "vim"
+    """The published block (LayerNorm, GELU, biases), or a modern one: RMSNorm, SwiGLU, QK-norm, two-dimensional rotary
+    positions, no biases."""
 
     def __post_init__(self) -> None:
         _check_transformer("autoregressive.model", self.shape, self.mlp_ratio)
+        _, width, heads = self.shape
+        if self.block == "modern" and width // heads % 4:
+            raise ValueError(
+                f"autoregressive.model.block=modern turns pairs of numbers by row and by column, but a head has"
+                f" {width // heads} (width over heads): choose a multiple of 4, or block=vim"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"autoregressive.model.dropout={self.dropout} must lie in [0, 1)")
         _check_share("autoregressive.model.label_dropout", self.label_dropout)
@@ -69,6 +78,14 @@ class AutoregressiveSampleConfig:
     """Classifier-free guidance scale; 1 switches guidance off and halves the work."""
     guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the scale goes from 1 to guidance along the sequence; constant starts with the full scale."""
+    guidance_power: float = 1.0
+    """Power of the share of codes that stand, inside the cosine schedule: above 1 guidance rises later."""
+    guidance_start: float = 0.0
+    """Share of the sequence at which guidance begins; codes before it are not guided."""
+    guidance_stop: float = 1.0
+    """Share of the sequence at which guidance ends; codes from it on are not guided and cost half."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of weights and activations while decoding; codes are drawn in fp32 either way."""
     batch_size: int = 64
     """Samples decoded together; changes speed and memory, never a sample's noise."""
     compile: bool = False
@@ -81,11 +98,49 @@ class AutoregressiveSampleConfig:
         _check_at_least("autoregressive.sample.batch_size", self.batch_size, 1)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"autoregressive.sample.top_p={self.top_p} must lie in (0, 1]; 1 keeps all codes")
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        if not self.guidance_power > 0:
+            raise ValueError(
+                f"autoregressive.sample.guidance_power={self.guidance_power} must be above 0; 1 is the plain cosine"
+            )
+        if self.guidance_power != 1 and self.guidance_schedule != "cosine":
+            raise ValueError(
+                f"autoregressive.sample.guidance_power={self.guidance_power} needs guidance_schedule=cosine:"
+                f" {self.guidance_schedule} has no power"
+            )
+        if not 0 <= self.guidance_start < self.guidance_stop <= 1:
+            raise ValueError(
+                f"autoregressive.sample.guidance_start={self.guidance_start} must lie below"
+                f" guidance_stop={self.guidance_stop}, both in [0, 1]; 0 and 1 guide the whole sequence"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderConfig:
+    kind: Literal["raster", "random"] = "raster"
+    """Order in which training predicts the codes; random begins with random orders, which give way to the raster
+    (RAR, Yu et al., 2024). Sampling is in raster order either way."""
+    anneal_start: float = 0.5
+    """Share of the training steps up to which every sample has a random order."""
+    anneal_end: float = 0.75
+    """Share of the training steps from which every sample has the raster order; in between, linear."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.anneal_start <= self.anneal_end <= 1:
+            raise ValueError(
+                f"autoregressive.order.anneal_start={self.anneal_start} must be at most"
+                f" anneal_end={self.anneal_end}, both in [0, 1]"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoregressiveConfig:
     model: AutoregressiveModelConfig = field(default_factory=AutoregressiveModelConfig)
+    codes: Literal["cached", "on_the_fly"] = "cached"
+    """Train on the codes that `encode` wrote, or augment and encode the images of each step anew."""
+    order: OrderConfig = field(default_factory=OrderConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(betas=(0.9, 0.96), weight_decay=0.045))
     sample: AutoregressiveSampleConfig = field(default_factory=AutoregressiveSampleConfig)
 

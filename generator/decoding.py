@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from generator.config import AutoregressiveSampleConfig
 from generator.transformer import KVCache
+
+
+STRETCH = 64  # a compiled step looks at so many positions more at a time, so that its shapes seldom change
 
 
 class Decoder(Protocol):
@@ -77,11 +80,14 @@ def guide(logits: Tensor, scale: float) -> Tensor:
 
 
 def guidance_at(progress: float, settings: AutoregressiveSampleConfig) -> float:
-    """The guidance scale once a share `progress` in [0, 1] of the codes stands.
+    """The guidance scale once a share `progress` in [0, 1] of the codes stands; 1 outside the configured interval.
 
-    Linear as in MAR (Li et al., 2024), cosine as in MaskBit and RAR (Yu et al., 2024) with power 1.
+    Linear as in MAR (Li et al., 2024), cosine as in MaskBit, and with its power as in RAR (Yu et al., 2024).
     """
-    rise = {"constant": 1.0, "linear": progress, "cosine": 0.5 * (1 - math.cos(math.pi * progress))}
+    if not settings.guidance_start <= progress < settings.guidance_stop:
+        return 1.0
+    warped = progress**settings.guidance_power
+    rise = {"constant": 1.0, "linear": progress, "cosine": 0.5 * (1 - math.cos(math.pi * warped))}
     return 1 + (settings.guidance - 1) * rise[settings.guidance_schedule]
 
 
@@ -91,7 +97,6 @@ def seeded_uniforms(seeds: Sequence[int], length: int) -> Tensor:
     return torch.stack(rows)
 
 
-@torch.no_grad()
 def decode(
     decoder: Decoder,
     labels: Tensor,
@@ -101,29 +106,85 @@ def decode(
     null_label: int,
     prefix: Tensor | None = None,
 ) -> Tensor:
-    """All codes [B, T]: prefill the label [B] (and a given `prefix` [B, P] of codes), then one code at a time.
+    """All codes [B, T] at once; arguments as of `stream`."""
+    codes = None
+    for _, codes in stream(decoder, labels, uniforms, settings, null_label=null_label, prefix=prefix):
+        pass
+    assert codes is not None, "a sequence has at least one code to decode"
+    return codes
 
-    `uniforms` [B, T] decide every choice; guidance other than 1 doubles the batch with the null label.
+
+@torch.no_grad()
+def stream(
+    decoder: Decoder,
+    labels: Tensor,
+    uniforms: Tensor,
+    settings: AutoregressiveSampleConfig,
+    *,
+    null_label: int,
+    prefix: Tensor | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """Code after code: yields how many stand, and all codes [B, T], a tensor that the later ones are written into.
+
+    `uniforms` [B, T] decide every choice after the label [B] and a given `prefix` [B, P] of codes. Where guidance is 1,
+    nothing is spent on it; elsewhere the null label's rows double the batch, and catch up with the others first.
     """
     batch_size, length = uniforms.shape
-    guided = settings.guidance != 1
-    copies = 2 if guided else 1
+    scales = [guidance_at(step / length, settings) for step in range(length)]
     codes = labels.new_zeros(batch_size, length)                                  # [B, T]
     done = 0 if prefix is None else prefix.shape[1]
     if prefix is not None:
         codes[:, :done] = prefix
-    if guided:
-        labels = torch.cat([labels, torch.full_like(labels, null_label)])         # [2B]
-    caches = decoder.caches(len(labels))
-    advance = torch.compile(decoder.advance, fullgraph=True, dynamic=False) if settings.compile else decoder.advance
-    position = torch.arange(length, device=codes.device)
-
-    logits = decoder.advance(codes[:, :done].repeat(copies, 1), labels, position[: done + 1], caches)
+    guided = any(scale != 1 for scale in scales[done:])
+    rows = [labels, torch.full_like(labels, null_label)] if guided else [labels]
+    reader = _Reader(decoder, torch.cat(rows), codes, compiled=settings.compile)
     for step in range(done, length):
-        if guided:
-            logits = guide(logits, guidance_at(step / length, settings))
+        logits = guide(reader.both(step), scales[step]) if scales[step] != 1 else reader.conditional(step)
         codes[:, step] = choose(logits, uniforms[:, step], settings)
-        if step + 1 < length:
-            newest = codes[:, step : step + 1].repeat(copies, 1)
-            logits = advance(newest, None, position[step + 1 : step + 2], caches)
-    return codes
+        yield step + 1, codes
+
+
+class _Reader:
+    """Reads codes into the caches of the conditional rows 0 .. B - 1 and, where guided, of the null rows B .. 2B - 1."""
+
+    def __init__(self, decoder: Decoder, labels: Tensor, codes: Tensor, *, compiled: bool) -> None:
+        self.advance = decoder.advance
+        self.advance_one = torch.compile(decoder.advance, fullgraph=True) if compiled else None
+        self.labels, self.codes = labels, codes
+        self.batch_size, self.length = codes.shape
+        self.caches = decoder.caches(len(labels))
+        self.position = torch.arange(self.length, device=codes.device)
+        self.seen, self.null_seen = 0, 0  # positions in the caches
+        self.view_key: tuple[slice, int, bool] | None = None
+        self.views: list[KVCache] = []
+
+    def conditional(self, step: int) -> Tensor:
+        """Logits [B, K] of code `step` from the conditional rows alone."""
+        logits = self._read(slice(0, self.batch_size), self.seen, step)
+        self.seen = step + 1
+        return logits
+
+    def both(self, step: int) -> Tensor:
+        """Logits [2B, K] of code `step` from the conditional and the null rows."""
+        if self.null_seen < self.seen:
+            self._read(slice(self.batch_size, 2 * self.batch_size), self.null_seen, self.seen - 1)
+        logits = self._read(slice(0, 2 * self.batch_size), self.seen, step)
+        self.seen = self.null_seen = step + 1
+        return logits
+
+    def _read(self, rows: slice, first: int, last: int) -> Tensor:
+        """Logits after `last`, once the positions from `first` to `last` are in the caches of these rows."""
+        copies = (rows.stop - rows.start) // self.batch_size
+        codes = self.codes[:, max(0, first - 1) : last].repeat(copies, 1)
+        labels = self.labels[rows] if first == 0 else None
+        position, window = self.position[first : last + 1], last + 1
+        if first < last or self.advance_one is None:
+            return self.advance(codes, labels, position, self._view(rows, window, complete=first == last))
+        window = min(self.length, -(-window // STRETCH) * STRETCH)
+        return self.advance_one(codes, labels, position, self._view(rows, window, complete=False))
+
+    def _view(self, rows: slice, window: int, *, complete: bool) -> list[KVCache]:
+        if self.view_key != (rows, window, complete):
+            self.view_key = rows, window, complete
+            self.views = [cache.view(rows=rows, window=window, complete=complete) for cache in self.caches]
+        return self.views

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,15 +11,19 @@ from engine.batches import Batches, mix
 from engine.checkpoint import save_model
 from engine.config import DataConfig, RunConfig, to_dict
 from engine.device import Device
+from engine.images import ImageSet
 from engine.loop import fit
 from engine.resume import is_finished
-from engine.shards import open_shards
+from engine.shards import Shards, open_shards
+from engine.sources import open_images
 from engine.task import Task
 from generator.autoregressive_task import AutoregressiveTask
 from generator.card import family_of, generator_card
 from generator.config import AutoregressiveConfig, DiffusionConfig
 from generator.diffusion_task import DiffusionTask
-from tokenizer.model import load_tokenizer
+from generator.order import fold_order
+from tokenizer.encode import check_size
+from tokenizer.model import Tokenizer, load_tokenizer
 
 
 def train_generator(
@@ -29,7 +34,10 @@ def train_generator(
     family: str,
     device: Device,
 ) -> Path:
-    """Train one family on `run.folder/codes`, or resume it; returns its folder, which ends with model.json.
+    """Train one family of the run, or resume it; returns its folder, which ends with model.json.
+
+    It learns from `run.folder/codes`. With codes=on_the_fly it learns from the images, and of the codes on disk only
+    the test split is needed.
 
     Raises:
         ValueError: the tokenizer or the codes are missing or do not belong together, or the folder was begun otherwise.
@@ -37,22 +45,17 @@ def train_generator(
     if family != family_of(config):
         raise ValueError(f"family={family!r} does not fit the section {type(config).__name__}")
     tokenizer = load_tokenizer(run.folder)
-    shards, test_shards = (
-        open_shards(run.folder / "codes" / split, fingerprint=tokenizer.code_fingerprint) for split in ("train", "test")
-    )
+    source, content = open_source(config, tokenizer, run=run, data=data)
+    test_shards = open_shards(run.folder / "codes" / "test", fingerprint=tokenizer.code_fingerprint)
     folder = run.folder / family
-    identity = {"seed": run.seed, family: to_dict(config), "codes": shards.identity()}
+    identity = {"seed": run.seed, family: to_dict(config), "codes": content}
     if is_finished(folder, identity):
         return folder
+    card = generator_card(config, source, tokenizer)
     torch.manual_seed(mix(run.seed, 4))
-    task: Task
-    if isinstance(config, AutoregressiveConfig):
-        task = AutoregressiveTask(config=config, shards=shards, test_shards=test_shards, tokenizer=tokenizer)
-    else:
-        task = DiffusionTask(config=config, shards=shards, test_shards=test_shards, tokenizer=tokenizer)
     weights = fit(
-        task,
-        Batches(shards, batch_size=config.train.batch_size, seed=run.seed, workers=data.workers),
+        build_task(config, source, card, test_shards=test_shards, tokenizer=tokenizer),
+        Batches(source, batch_size=config.train.batch_size, seed=run.seed, workers=data.workers),
         train=config.train,
         run=run,
         device=device,
@@ -60,6 +63,45 @@ def train_generator(
         identity=identity,
     )
     if device.is_main:
-        save_model(folder, weights["network"], {**generator_card(config, shards, tokenizer), "identity": identity})
+        network = fold_order(weights["network"])  # which changes only what was trained in random orders
+        save_model(folder, network, {**card, "identity": identity})
     device.barrier()
     return folder
+
+
+def reads_codes(config: AutoregressiveConfig | DiffusionConfig) -> bool:
+    """Whether this family learns from encoded training images on disk."""
+    return isinstance(config, DiffusionConfig) or config.codes == "cached"
+
+
+def open_source(
+    config: AutoregressiveConfig | DiffusionConfig, tokenizer: Tokenizer, *, run: RunConfig, data: DataConfig
+) -> tuple[Shards | ImageSet, dict[str, Any]]:
+    """What a family learns from, codes and latents on disk or images to encode, and its identity, JSON-ready.
+
+    Raises:
+        ValueError: codes are missing or of another tokenizer, images are missing or of another size than its own.
+    """
+    if reads_codes(config):
+        shards = open_shards(run.folder / "codes" / "train", fingerprint=tokenizer.code_fingerprint)
+        return shards, shards.identity()
+    check_size(tokenizer, data, run.folder)
+    images = open_images(data, "train")
+    augmentation = {"crop": data.crop, "flip": data.flip}
+    origin = {"tokenizer_fingerprint": tokenizer.code_fingerprint, "images": images.content()}
+    return images, {**origin, "augmentation": augmentation}
+
+
+def build_task(
+    config: AutoregressiveConfig | DiffusionConfig,
+    source: Shards | ImageSet,
+    card: dict[str, Any],
+    *,
+    test_shards: Shards,
+    tokenizer: Tokenizer,
+) -> Task:
+    """The training of one family, with fresh weights."""
+    if isinstance(config, AutoregressiveConfig):
+        return AutoregressiveTask(config=config, card=card, test_shards=test_shards, tokenizer=tokenizer)
+    assert isinstance(source, Shards), "diffusion learns from latents on disk"
+    return DiffusionTask(config=config, shards=source, test_shards=test_shards, tokenizer=tokenizer)

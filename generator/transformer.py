@@ -1,12 +1,22 @@
-"""The transformer that both generators share: attention (full, causal, cached), MLP, pre-LN block."""
+"""The transformer that both generators share: attention (full, causal, cached), MLP, pre-norm block.
+
+A block is the published one (LayerNorm, GELU, biases) or, with `modern`, one of the parts that later language models
+settled on: RMSNorm (Zhang & Sennrich, 2019), SwiGLU (Shazeer, 2020), QK-norm (Henry et al., 2020; Dehghani et al.,
+2023), rotary positions, no biases. Dropout falls on the same three places in both.
+"""
 
 from __future__ import annotations
+
+import copy
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.attention import attention, drop
+from engine.products import Linear
+from generator.rotary import Turns, rotate
 
 
 class KVCache:
@@ -27,6 +37,18 @@ class KVCache:
     ) -> None:
         self.keys = torch.zeros(batch_size, heads, length, head_dim, device=device, dtype=dtype)  # [B, H, L, d]
         self.values = torch.zeros_like(self.keys)
+        self.complete = False
+
+    def view(self, *, rows: slice, window: int, complete: bool) -> KVCache:
+        """These rows of the batch and the first `window` positions, in the same storage.
+
+        `complete` promises that one new token is stored at a time, and that every position of the window then holds a
+        key that it may see: attention needs no mask.
+        """
+        part = copy.copy(self)
+        part.keys, part.values = (buffer[rows, :, :window] for buffer in (self.keys, self.values))
+        part.complete = complete
+        return part
 
     def update(self, keys: Tensor, values: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values [B, H, T, d] at `position` [T]; return all of them, [B, H, L, d]."""
@@ -34,33 +56,61 @@ class KVCache:
         self.values.index_copy_(2, position, values.to(self.values.dtype))
         return self.keys, self.values
 
-    def seen_from(self, position: Tensor) -> Tensor:
-        """Which of the L positions each query may see: itself and those before it, boolean [T, L]."""
+    def seen_from(self, position: Tensor) -> Tensor | None:
+        """Which of the L positions each query may see: itself and those before it, boolean [T, L]; None means all."""
+        if self.complete:
+            return None
         return torch.arange(self.keys.shape[2], device=position.device) <= position[:, None]
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention; `dropout` falls on the attention weights, in training mode only."""
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight over the last dimension, in fp32 whatever the types of x and weight; the type of x stays."""
 
-    def __init__(self, width: int, heads: int, *, dropout: float = 0.0) -> None:
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+def build_norm(width: int, *, modern: bool = False) -> nn.Module:
+    """The norm before a branch and before the head."""
+    return RMSNorm(width) if modern else nn.LayerNorm(width)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; `dropout` falls on the attention weights, in training mode only.
+
+    `modern` leaves the biases out and normalises queries and keys in each head, before they are turned.
+    """
+
+    def __init__(self, width: int, heads: int, *, dropout: float = 0.0, modern: bool = False) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"width={width} must be a multiple of heads={heads}")
         self.heads = heads
         self.dropout = dropout
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width, bias=not modern)
+        self.query_norm, self.key_norm = (RMSNorm(width // heads) if modern else nn.Identity() for _ in range(2))
+        self.out = Linear(width, width, bias=not modern)
 
     def forward(
-        self, x: Tensor, *, causal: bool = False, cache: KVCache | None = None, position: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        causal: bool = False,
+        cache: KVCache | None = None,
+        position: Tensor | None = None,
+        turns: Turns | None = None,
     ) -> Tensor:
         """Map [B, T, D] to [B, T, D].
 
         With a cache, `position` [T] (int64) says where in the sequence the T tokens stand, and each of them sees
-        what the cache holds up to itself.
+        what the cache holds up to itself. `turns` rotate queries and keys, those in the cache once and for all.
         """
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))                      # [B, T, 3, H, d]
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)                            # [B, H, T, d] each
+        query, key, value = self._heads(x)                                        # [B, H, T, d] each
+        if turns is not None:
+            query, key = rotate(query, turns), rotate(key, turns)
         mask = None
         if cache is not None:
             # is_causal aligns query 0 with key 0, so one query over cached keys would see the first key alone.
@@ -70,6 +120,11 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         mixed = attention(query, key, value, mask=mask, dropout=dropout, causal=causal)  # [B, H, T, d]
         return self.out(mixed.transpose(1, 2).flatten(2))                         # [B, T, D]
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))                      # [B, T, 3, H, d]
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        return self.query_norm(query), self.key_norm(key), value
 
 
 class Dropout(nn.Module):
@@ -88,28 +143,55 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden: int, *, dropout: float = 0.0) -> None:
         super().__init__()
-        self.rise = nn.Linear(width, hidden)
+        self.rise = Linear(width, hidden)
         self.dropout = Dropout(dropout)
-        self.fall = nn.Linear(hidden, width)
+        self.fall = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fall(self.dropout(F.gelu(self.rise(x), approximate="tanh")))
 
 
+class SwiGLU(nn.Module):
+    """Linear, SiLU of one half times the other, dropout, linear, no biases: [..., D] to [..., D].
+
+    The hidden width is 2/3 of an MLP's, rounded up to a multiple of 64, so that both have about the same weights.
+    """
+
+    def __init__(self, width: int, hidden: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        narrow = math.ceil(2 * hidden / 3 / 64) * 64
+        self.rise = Linear(width, 2 * narrow, bias=False)
+        self.dropout = Dropout(dropout)
+        self.fall = Linear(narrow, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.rise(x).chunk(2, dim=-1)
+        return self.fall(self.dropout(F.silu(gate) * value))
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)) (Xiong et al., 2020); `dropout` also falls on both branches."""
 
-    def __init__(self, width: int, heads: int, *, mlp_ratio: int = 4, dropout: float = 0.0) -> None:
+    def __init__(
+        self, width: int, heads: int, *, mlp_ratio: int = 4, dropout: float = 0.0, modern: bool = False
+    ) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(width)
-        self.attention = Attention(width, heads, dropout=dropout)
-        self.mlp_norm = nn.LayerNorm(width)
-        self.mlp = MLP(width, mlp_ratio * width, dropout=dropout)
+        self.attention_norm = build_norm(width, modern=modern)
+        self.attention = Attention(width, heads, dropout=dropout, modern=modern)
+        self.mlp_norm = build_norm(width, modern=modern)
+        self.mlp = (SwiGLU if modern else MLP)(width, mlp_ratio * width, dropout=dropout)
         self.dropout = Dropout(dropout)
 
     def forward(
-        self, x: Tensor, *, causal: bool = False, cache: KVCache | None = None, position: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        causal: bool = False,
+        cache: KVCache | None = None,
+        position: Tensor | None = None,
+        turns: Turns | None = None,
     ) -> Tensor:
-        mixed = self.attention(self.attention_norm(x), causal=causal, cache=cache, position=position)
+        """Map [B, T, D] to [B, T, D]; cache, position and turns are those of `Attention`."""
+        mixed = self.attention(self.attention_norm(x), causal=causal, cache=cache, position=position, turns=turns)
         x = x + self.dropout(mixed)
         return x + self.dropout(self.mlp(self.mlp_norm(x)))                       # [B, T, D]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from engine.batches import DRAWS
 from engine.config import DataConfig, RunConfig
 from engine.device import Device
+from engine.flops import forward_flops
 from engine.images import ImageSet
 from engine.log import progress
 from engine.shards import ShardWriter, open_shards
@@ -18,11 +21,19 @@ from engine.sources import open_images
 from tokenizer.config import TokenizerConfig
 from tokenizer.model import Tokenizer, load_tokenizer
 
-SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
+Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
 
 
-def encode_images(*, run: RunConfig, data: DataConfig, tokenizer: TokenizerConfig, device: Device) -> Path:
-    """Encode both splits with the run's trained tokenizer; returns the folder that holds them.
+def encode_images(
+    *,
+    run: RunConfig,
+    data: DataConfig,
+    tokenizer: TokenizerConfig,
+    device: Device,
+    splits: Sequence[Split] = SPLITS,
+) -> Path:
+    """Encode these splits with the run's trained tokenizer; returns the folder that holds them.
 
     A split that is there already, from this tokenizer, these images and these views, is left alone. The training split
     holds `tokenizer.views` versions of each image, the test split the centre crop alone.
@@ -31,10 +42,8 @@ def encode_images(*, run: RunConfig, data: DataConfig, tokenizer: TokenizerConfi
         ValueError: there is no trained tokenizer, or it was trained at another image size.
     """
     model = load_tokenizer(run.folder).to(device.device)
-    if model.image_size != data.size:
-        trained = f"the tokenizer in {run.folder} was trained at {model.image_size} pixels"
-        raise ValueError(f"data.size={data.size}, but {trained}: use that size, or another run.name to train anew")
-    for split in SPLITS:
+    check_size(model, data, run.folder)
+    for split in splits:
         images, folder = open_images(data, split), run.folder / "codes" / split
         views = tokenizer.views if split == "train" else 1
         meta = shard_meta(model, images, {"views": views, "crop": data.crop, "flip": data.flip} if views > 1 else {})
@@ -43,6 +52,13 @@ def encode_images(*, run: RunConfig, data: DataConfig, tokenizer: TokenizerConfi
             encode_split(model, images, folder, meta, views=views, batch_size=size, device=device)
         device.barrier()
     return run.folder / "codes"
+
+
+def check_size(tokenizer: Tokenizer, data: DataConfig, folder: Path) -> None:
+    """Raise ValueError unless images of data.size fit the tokenizer of the run in `folder`."""
+    if tokenizer.image_size != data.size:
+        trained = f"the tokenizer in {folder} was trained at {tokenizer.image_size} pixels"
+        raise ValueError(f"data.size={data.size}, but {trained}: use that size, or another run.name to train anew")
 
 
 def encode_split(
@@ -107,3 +123,20 @@ def is_encoded(folder: Path, meta: dict[str, Any]) -> bool:
     except ValueError:
         return False
     return all(shards.meta[key] == meta[key] for key in ("images", "augmentation"))
+
+
+def encode_flops(tokenizer: Tokenizer) -> int:
+    """Operations that make the codes of one image."""
+    size = tokenizer.image_size
+    return forward_flops(_Encoding(tokenizer), torch.empty(1, 3, size, size, dtype=torch.uint8))
+
+
+class _Encoding(nn.Module):
+    """A tokenizer's encoder, as a module that can be counted."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.tokenizer.encode(images)

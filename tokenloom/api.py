@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from engine.device import Device, setup
-from generator.sample import load_generator, sample_images
+from generator.sample import load_generator, sample_images, stream_images
 from tokenizer.model import Tokenizer, load_tokenizer
 
-__all__ = ["load_generator", "load_tokenizer", "reconstruct", "sample", "score"]
+__all__ = ["load_generator", "load_tokenizer", "reconstruct", "sample", "score", "stream"]
 
 
 def sample(
@@ -35,12 +35,50 @@ def sample(
     Raises:
         ValueError: a missing model, an unknown setting, or labels and seeds of unequal length.
     """
+    generator, tokenizer = load_generator(path, family), load_tokenizer(path)
+    wanted = _label_tensor(labels, seeds)
+    return sample_images(generator, tokenizer, wanted, list(seeds), **{**_trained_settings(generator), **settings})
+
+
+def stream(
+    path: str | Path,
+    *,
+    labels: Sequence[int] | None = None,
+    seeds: Sequence[int],
+    every: int | None = None,
+    **settings: Any,
+) -> Iterator[tuple[int, Tensor]]:
+    """Autoregressive images as they grow: pairs of the number of codes that stand and the images, uint8 [B, 3, H, W].
+
+    What is not decoded yet is grey. The last pair holds the images of `sample`, to rounding, or to the bit with its
+    batch_size set to the number of seeds.
+
+    Args:
+        path, labels, seeds, settings: as of `sample`.
+        every: codes between two pairs; None: a row of the code grid.
+
+    Raises:
+        ValueError: as `sample`, or there is no autoregressive generator: the samples of others do not grow by codes.
+    """
+    folder = Path(path)
+    if not any((place / "model.json").is_file() for place in (folder, folder / "autoregressive")):
+        raise ValueError(f"{folder} holds no autoregressive generator, whose samples alone grow code by code")
+    generator, tokenizer = load_generator(path, "autoregressive"), load_tokenizer(path)
+    row = tokenizer.length // tokenizer.grid[0]
+    chosen = {**_trained_settings(generator), **settings}
+    wanted = _label_tensor(labels, seeds)
+    return stream_images(generator, tokenizer, wanted, list(seeds), every=row if every is None else every, **chosen)
+
+
+def _label_tensor(labels: Sequence[int] | None, seeds: Sequence[int]) -> Tensor | None:
     if labels is not None and len(labels) != len(seeds):
         raise ValueError(f"labels has {len(labels)} entries, seeds {len(seeds)}: give one label for each seed")
-    generator, tokenizer = load_generator(path, family), load_tokenizer(path)
-    wanted = None if labels is None else torch.tensor(list(labels))
-    trained = {key: value for key, value in generator.card["sample"].items() if key != "compile"}
-    return sample_images(generator, tokenizer, wanted, list(seeds), **{**trained, **settings})
+    return None if labels is None else torch.tensor(list(labels))
+
+
+def _trained_settings(generator: Any) -> dict[str, Any]:
+    """The settings of the run's own samples; compilation, which pays off for many alone, must be asked for."""
+    return {key: value for key, value in generator.card["sample"].items() if key != "compile"}
 
 
 def reconstruct(path: str | Path | Tokenizer, images: Tensor) -> Tensor:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engine.device import Device
+    from eval.rejection import Picker
     from tokenloom.experiment import Experiment
 
 USAGE = """\
@@ -22,6 +24,7 @@ usage: tokenloom COMMAND --config FILE [--section.key=value ...]
   encode     images to codes and latents on disk
   generator  train stage 2                                [--only autoregressive|diffusion]
   sample     pictures from a trained generator            [--only FAMILY] [--num 64] [--label 3] [--seed 0] [--out DIR]
+                                                          [--acceptance 0.25] [--stream]
   eval       scores                                       [--only fid|reconstruction|probe]
   report     one page with curves, samples and scores
   export     the finished models alone, to share          --out DIR
@@ -144,18 +147,59 @@ def _generator(experiment: Experiment, device: Device, own: argparse.Namespace) 
 
 
 def _sample(experiment: Experiment, device: Device, own: argparse.Namespace) -> None:
+    sections = list(experiment.generators(own.only))
+    if own.stream and any(family != "autoregressive" for family, _ in sections):
+        raise ValueError("--stream shows samples that grow code by code: add --only autoregressive")
+    picker = _picker(experiment, device, own) if own.acceptance is not None else None
+    for family, config in sections:
+        out = _sample_folder(experiment, family, own)
+        how: dict[str, Any] = {"run": experiment.run, "config": config, "family": family, "device": device}
+        how |= {"num": own.num, "label": own.label, "seed": own.seed, "out": out, "decoder": own.decoder}
+        how["partial"] = out.with_name(f"{out.name}-partial.png") if own.stream else None
+        _draw(how, own.acceptance, picker)
+        if device.is_main:
+            best = "" if picker is None else f", the best {own.acceptance:g} of all candidates,"
+            print(f"{own.num} samples of {family}{best} in {out}; look at {out / 'grid.png'}")
+
+
+def _draw(how: dict[str, Any], acceptance: float, picker: Picker | None) -> None:
+    """Samples, or the best of the candidates, which are then removed."""
+    from eval.rejection import sample_accepted
     from generator.sample import sample
 
-    for family, config in experiment.generators(own.only):
-        name = f"{family}-seed{own.seed}-num{own.num}" + ("" if own.label is None else f"-label{own.label}")
-        name += f"-by-{Path(own.decoder).name}" if own.decoder else ""
-        out = Path(own.out) / family if own.out else experiment.run.folder / "samples" / name
-        folder = sample(
-            run=experiment.run, config=config, family=family, device=device,
-            num=own.num, label=own.label, seed=own.seed, out=out, decoder=own.decoder,
-        )  # fmt: skip
-        if device.is_main:
-            print(f"{own.num} samples of {family} in {folder}; look at {folder / 'grid.png'}")
+    if picker is None:
+        sample(**how)
+        return
+    pool = how["out"].with_name(f".candidates-{how['out'].name}")
+    sample_accepted(**how, picker=picker, acceptance=acceptance, pool=pool)
+    if how["device"].is_main:
+        shutil.rmtree(pool, ignore_errors=True)
+
+
+def _picker(experiment: Experiment, device: Device, own: argparse.Namespace) -> Picker:
+    """The classifier that picks samples, trained first if the run has none; what can be refused is refused before."""
+    from engine.sources import open_images
+    from eval.classifier import check_classes
+    from eval.config import check_acceptance
+    from eval.rejection import check_conditional, open_picker
+    from generator.sample import load_generator
+
+    check_acceptance("--acceptance", own.acceptance)
+    for family, _ in experiment.generators(own.only):
+        check_conditional(load_generator(experiment.run.folder, family))
+    train_set, test_set = (open_images(experiment.data, split) for split in ("train", "test"))
+    check_classes(train_set, asked="--acceptance keeps what a classifier picks", remedy="leave it out")
+    classifier = experiment.eval.rejection.classifier
+    return open_picker(classifier, train_set=train_set, test_set=test_set, run=experiment.run, device=device)
+
+
+def _sample_folder(experiment: Experiment, family: str, own: argparse.Namespace) -> Path:
+    if own.out:
+        return Path(own.out) / family
+    name = f"{family}-seed{own.seed}-num{own.num}" + ("" if own.label is None else f"-label{own.label}")
+    name += f"-by-{Path(own.decoder).name}" if own.decoder else ""
+    name += "" if own.acceptance is None else f"-accept{own.acceptance:g}"
+    return experiment.run.folder / "samples" / name
 
 
 def _eval(experiment: Experiment, device: Device, own: argparse.Namespace) -> None:
@@ -243,6 +287,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
         label={"type": int, "help": "class to draw; without it all classes take turns"},
         seed={"type": int, "default": 0, "help": "another seed, other samples (default 0)"},
         out={"help": "folder to write to; default: in the run's folder"},
+        acceptance={"type": float, "help": "draw num / acceptance, keep those that a classifier takes most surely"},
+        stream={"action": "store_true", "help": "show autoregressive samples on the way, in <folder>-partial.png"},
         decoder={"help": "run whose tokenizer paints the images: one trained with tokenizer.encoder_from"},
     ),
     "eval": _staged("eval", _eval, only={"choices": ("fid", "reconstruction", "probe"), "help": "these scores alone"}),

@@ -171,43 +171,68 @@ def _rank_chart(title: str, counts: np.ndarray) -> str:
 
 
 def probe_curves(run: RunFiles) -> str:
-    """Top-1 accuracy at every tap of each family, the raw-pixel baseline, and the tap that was chosen."""
+    """Top-1 accuracy at every tap of each family, the tap that was chosen, and the baselines."""
     rows = [row for row in run.probe() if math.isfinite(row.get("test_top1", math.nan))]
     if not rows:
         return note("No probe yet: `tokenloom eval` fits it where the images have labels of at least two classes.")
     values = [100 * value for row in rows for value in (row["test_top1"], *_interval(row))]
     reach = max(values) - min(values) or 1.0
     bounds = max(0.0, min(values) - 0.08 * reach), min(100.0, max(values) + 0.08 * reach)
-    pixels = [row for row in rows if row["family"] == "pixels"]
-    charts = [_probe_chart(run, family, rows, pixels, bounds) for family in PROBED if _of(rows, family)]
+    charts = [_probe_chart(run, family, rows, bounds) for family in PROBED if _of(rows, family, f"{family}_random")]
     return f'<div class="charts">{"".join(charts)}</div>' if charts else note("Only raw pixels were probed.")
 
 
-def _probe_chart(run: RunFiles, family: str, rows: Sequence[Row], pixels: Sequence[Row], bounds: Point) -> str:
-    mine, record = _of(rows, family), find(run.scores(), family, "probe_top1")
-    taps = [row["tap"] for row in mine]
-    titles = [f"{row['tap']}: {100 * row['test_top1']:.1f} %" for row in mine]
-    chosen = taps.index(record["tap"]) if record and record.get("tap") in taps else None
-    series = [
-        Series(
-            label="top-1 on test images" if chosen is None else f"chosen {titles[chosen]}",
-            points=[(place, 100 * row["test_top1"]) for place, row in enumerate(mine)],
-            spans=[(100 * low, 100 * high) for low, high in map(_interval, mine)],
-            titles=titles,
-            tone=family,
-            kind="dots",
-            marked=chosen,
-        )
+def _probe_chart(run: RunFiles, family: str, rows: Sequence[Row], bounds: Point) -> str:
+    """The curve of a family along its taps and that of its untrained twin, over the levels of what needs neither."""
+    curves = [
+        _probe_curve(run, family, rows, ("chosen", "top-1 on test images"), tone=family),
+        _probe_curve(run, f"{family}_random", rows, ("untrained, chosen", "untrained"), tone="extra-2"),
     ]
-    if pixels:
-        value = 100 * pixels[0]["test_top1"]
-        series.append(Series(label=f"raw pixels {value:.1f} %", points=[(0, value)], tone="plain", kind="level"))
-    title = TITLES[family]
-    return Chart(title=title, unit="top-1, %", x_label="tap", series=series, names=taps, y_range=bounds).html()
+    levels = [_probe_level(run, "pixels", rows, "raw pixels", tone="plain")]
+    if family != "tokenizer":
+        levels.append(_probe_level(run, "tokenizer", rows, "tokenizer,", tone="tokenizer"))
+    taps = list(dict.fromkeys(row["tap"] for row in _of(rows, family, f"{family}_random")))
+    series = [each for each in (*curves, *levels) if each.points]
+    return Chart(title=TITLES[family], unit="top-1, %", x_label="tap", series=series, names=taps, y_range=bounds).html()
 
 
-def _of(rows: Sequence[Row], family: str) -> list[Row]:
-    return [row for row in rows if row["family"] == family]
+def _probe_curve(run: RunFiles, family: str, rows: Sequence[Row], labels: tuple[str, str], *, tone: str) -> Series:
+    """Accuracy at each tap; the label, the first if it is known which tap was chosen, names that tap."""
+    mine, chosen = _of(rows, family), _chosen(run, family, rows)
+    titles = [_tap_text(row) for row in mine]
+    return Series(
+        label=labels[1] if chosen is None else f"{labels[0]} {_tap_text(chosen)}",
+        points=[(place, 100 * row["test_top1"]) for place, row in enumerate(mine)],
+        spans=[(100 * low, 100 * high) for low, high in map(_interval, mine)],
+        titles=titles,
+        tone=tone,
+        kind="dots",
+        marked=None if chosen is None else mine.index(chosen),
+    )
+
+
+def _probe_level(run: RunFiles, family: str, rows: Sequence[Row], label: str, *, tone: str) -> Series:
+    """The chosen tap of another family, or its only one, as a line across the chart."""
+    mine = _of(rows, family)
+    row = _chosen(run, family, rows) or (mine[0] if len(mine) == 1 else None)
+    if row is None:
+        return Series(label=label, points=[], tone=tone, kind="level")
+    told = f"{label} {_tap_text(row)}" if len(mine) > 1 else f"{label} {100 * row['test_top1']:.1f} %"
+    return Series(label=told, points=[(0, 100 * row["test_top1"])], tone=tone, kind="level")
+
+
+def _chosen(run: RunFiles, family: str, rows: Sequence[Row]) -> Row | None:
+    """The row of the tap that was chosen on held-out training images."""
+    record = find(run.scores(), family, "probe_top1")
+    return next((row for row in _of(rows, family) if record and record.get("tap") == row["tap"]), None)
+
+
+def _tap_text(row: Row) -> str:
+    return f"{row['tap']}: {100 * row['test_top1']:.1f} %"
+
+
+def _of(rows: Sequence[Row], *families: str) -> list[Row]:
+    return [row for row in rows if row["family"] in families]
 
 
 def _interval(row: Row) -> Point:

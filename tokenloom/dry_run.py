@@ -21,11 +21,13 @@ from engine.sources import open_images
 from generator.autoregressive import build_network
 from generator.config import AutoregressiveConfig, DiffusionConfig
 from generator.diffusion import build_denoiser
+from generator.train import reads_codes
 from tokenizer.adversary import passes_per_step
 from tokenizer.config import TokenizerConfig
 from tokenizer.costs import training_passes, untrained
 from tokenizer.discriminator import build_discriminator
-from tokenizer.model import count_parameters, to_pixels
+from tokenizer.encode import SPLITS, Split, encode_flops
+from tokenizer.model import Tokenizer, count_parameters, to_pixels
 from tokenizer.perceptual import PERCEPTUAL_PASSES, open_perceptual
 from tokenloom.experiment import Experiment
 
@@ -45,6 +47,8 @@ class Stage:
     train: TrainConfig
     factor: float = TRAINING_FACTOR
     """Operations of a training step, per image, in forward passes."""
+    beside: int = 0
+    """Bytes of frozen weights that each process needs in the step beside the network's."""
     judges: bool = False
     """Whether the network is a part of the tokenizer's training, whose images it judges."""
 
@@ -81,6 +85,8 @@ def dry_run(experiment: Experiment) -> str:
     ]
     if experiment.tokenizer.encoder_from is not None:
         head.append("the tokenizer's encoder and bottleneck are frozen: they count forwards alone, its decoder in full")
+    if experiment.autoregressive is not None and not reads_codes(experiment.autoregressive):
+        head.append("each autoregressive step encodes its images: that and the frozen tokenizer's weights are counted")
     return "\n".join([*head, "", *table([stage.name for stage in stages], columns), "", *where(experiment)])
 
 
@@ -102,7 +108,7 @@ def build_stages(experiment: Experiment, classes: int) -> Iterator[Stage]:
             "vocab_size": tokenizer.vocab_size, "latent_shape": tokenizer.latent_shape,
             "num_classes": 0 if family.model.label_dropout == 1 else classes,
         }  # fmt: skip
-        yield generator_stage(name, family, card)
+        yield generator_stage(name, family, card, tokenizer)
 
 
 def perceptual_stage(section: TokenizerConfig, images: Tensor) -> Stage:
@@ -123,16 +129,33 @@ def discriminator_stage(section: TokenizerConfig, images: Tensor) -> Stage:
     )  # fmt: skip
 
 
-def generator_stage(name: str, family: AutoregressiveConfig | DiffusionConfig, card: dict[str, Any]) -> Stage:
+def generator_stage(
+    name: str, family: AutoregressiveConfig | DiffusionConfig, card: dict[str, Any], tokenizer: Tokenizer
+) -> Stage:
     """The network of one family, for the codes or latents that the card describes."""
     labels, tokens = torch.empty(1, dtype=torch.int64), math.prod(card["grid"])
     if isinstance(family, AutoregressiveConfig):
-        vim = build_network(family.model, card)
-        tokens, codes = vim.length, torch.empty(1, vim.length, dtype=torch.int64)
-        return Stage(name=name, network=vim, inputs=(codes, labels), loss=next_code, tokens=tokens, train=family.train)
+        return autoregressive_stage(name, family, card, tokenizer)
     dit, latents = build_denoiser(family.model, card), torch.empty(1, *card["latent_shape"])
     inputs, tokens = (latents, torch.empty(1), labels), tokens // family.model.patch_size**2
     return Stage(name=name, network=dit, inputs=inputs, loss=denoising, tokens=tokens, train=family.train)
+
+
+def autoregressive_stage(
+    name: str, family: AutoregressiveConfig, card: dict[str, Any], tokenizer: Tokenizer
+) -> Stage:
+    """The autoregressive network; with codes=on_the_fly the frozen tokenizer encodes the images of each step."""
+    vim = build_network(family.model, card, random_order=family.order.kind == "random")
+    codes, labels = torch.empty(1, vim.length, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
+    factor, beside = float(TRAINING_FACTOR), 0
+    if not reads_codes(family):
+        with torch.device("cpu"):  # which operations are counted on: what they allocate must lie there too
+            factor += encode_flops(tokenizer) / forward_flops(vim, codes, labels)
+        beside = FLOAT * count_parameters(tokenizer)
+    return Stage(
+        name=name, network=vim, inputs=(codes, labels), loss=next_code, tokens=vim.length, train=family.train,
+        factor=factor, beside=beside,
+    )  # fmt: skip
 
 
 def reconstruction(network: nn.Module, images: Tensor) -> Tensor:
@@ -172,6 +195,7 @@ def stage_facts(stage: Stage, run: RunConfig, world: int, place: str, precision:
     kept = 2 if train.ema and not stage.judges else 1  # weight, average
     state = FLOAT * (kept * parameters + 3 * learning)  # gradient, two moments of AdamW
     state //= world if run.parallel == "fsdp" and not stage.judges else 1
+    state += stage.beside
     activations = saved_bytes(Trained(stage), *batch, bf16=precision == "bf16", device=place)
     activations *= 3 if stage.judges and learning else 1  # real, reconstructed to learn, reconstructed to teach
     return {
@@ -191,12 +215,19 @@ def stage_facts(stage: Stage, run: RunConfig, world: int, place: str, precision:
 
 def num_classes(experiment: Experiment) -> tuple[int, str]:
     """The number of classes and where it comes from; images are opened only if they are embedded."""
-    codes = experiment.run.folder / "codes" / "train"
-    if (codes / "meta.json").is_file():
-        return len(open_shards(codes).meta["class_names"]), f"as in {codes}"
+    for split in encoded_splits(experiment):
+        codes = experiment.run.folder / "codes" / split
+        if (codes / "meta.json").is_file():
+            return len(open_shards(codes).meta["class_names"]), f"as in {codes}"
     if experiment.data.source == "digits":
         return len(open_images(experiment.data, "test").class_names), "as in the data"
     return ASSUMED_CLASSES, "assumed: the images are not opened"
+
+
+def encoded_splits(experiment: Experiment) -> tuple[Split, ...]:
+    """The splits that are encoded: both, but the test split alone where every generator encodes as it trains."""
+    families = [family for _, family in experiment.generators()]
+    return SPLITS if not families or any(map(reads_codes, families)) else ("test",)
 
 
 def imagined_device(run: RunConfig) -> tuple[str, str, str]:
@@ -225,7 +256,8 @@ def table(names: list[str], columns: list[dict[str, str]]) -> list[str]:
 def where(experiment: Experiment) -> list[str]:
     """Where the results will lie."""
     names = [name for name, _ in experiment.generators()]
-    folders = ["tokenizer/", "codes/{train,test}/", *(f"{name}/" for name in names)]
+    codes = [f"codes/{split}/" for split in encoded_splits(experiment)]
+    folders = ["tokenizer/", *codes, *(f"{name}/" for name in names)]
     folders += [*(f"samples/{name}/" for name in names), "eval/metrics.json", "report.html"]
     state = "exists: finished stages are kept" if experiment.run.folder.exists() else "new"
     return [f"results in {experiment.run.folder}/ ({state})", f"  {'  '.join(folders)}"]

@@ -25,7 +25,7 @@ from generator.condition import check_guidance
 from tokenizer import encode as encoding
 from tokenizer import train as tokenizing
 from tokenizer.perceptual import open_perceptual
-from tokenloom.dry_run import ASSUMED_CLASSES, build_stages
+from tokenloom.dry_run import ASSUMED_CLASSES, build_stages, encoded_splits
 from tokenloom.experiment import Experiment
 from tokenloom.report import write_report
 
@@ -75,9 +75,12 @@ def train_tokenizer(experiment: Experiment, device: Device) -> None:
 
 
 def encode(experiment: Experiment, device: Device) -> None:
-    """Images to codes and latents: <run>/codes."""
-    with _stage(experiment, device, "encode", "codes/train/meta.json", "codes/test/meta.json"):
-        encoding.encode_images(run=experiment.run, data=experiment.data, tokenizer=experiment.tokenizer, device=device)
+    """Images to codes and latents, of the splits that are read: <run>/codes."""
+    splits = encoded_splits(experiment)
+    with _stage(experiment, device, "encode", *(f"codes/{split}/meta.json" for split in splits)):
+        encoding.encode_images(
+            run=experiment.run, data=experiment.data, tokenizer=experiment.tokenizer, device=device, splits=splits
+        )
 
 
 def train_generator(experiment: Experiment, device: Device, family: str) -> None:

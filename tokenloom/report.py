@@ -14,7 +14,7 @@ from engine.checkpoint import write_atomic
 from eval.protocol import Record, code_version
 from tokenloom import curves, gallery, page
 from tokenloom.run_files import FAMILIES, STAGES, RunFiles
-from tokenloom.score_table import TITLES, features_of, find, kind_of, score_tables, share_text, written
+from tokenloom.score_table import TITLES, accepted_share, features_of, find, kind_of, score_tables, share_text, written
 
 CHAPTERS = {
     "samples": "Samples",
@@ -30,9 +30,14 @@ INTROS = {
     "codes": "A tokenizer that leaves codes unused wastes its vocabulary. Perplexity is the number of equally frequent "
     "codes that would carry as much information.",
     "probe": "How well a linear classifier tells the classes apart from frozen activations. The tap in the ring was "
-    "chosen on held-out training images; bars are 95 % intervals.",
+    "chosen on held-out training images; bars are 95 % intervals. Untrained: the same network with fresh weights.",
     "scores": "Arrows say which way is better. `tokenloom compare` holds runs against each other and refuses unlike "
     "protocols.",
+}
+BASELINES = {"pixels": "raw pixels", "autoregressive_random": "untrained"}  # of the probe, and what a figure calls them
+CLASSIFIERS = {
+    "classifier": "behind features and class accuracy",
+    "rejection_classifier": "that picks the best candidates, and judges nothing,",
 }
 Card = tuple[str, str, str, str]  # label, number, unit, aside
 
@@ -125,14 +130,18 @@ def _distance(scores: Sequence[Record], family: str) -> Card | None:
 
 
 def _best(scores: Sequence[Record], label: str, name: str) -> Card | None:
-    """The best model under a score, and what it is to be held against: raw pixels, or the second best."""
+    """The best model under a score, and what it is to be held against: the baselines, or the second best.
+
+    Samples that rejection sampling kept stand in the table alone: they are no better model.
+    """
     found = sorted((record for record in scores if record["name"] == name), key=lambda record: -record["value"])
-    models = [record for record in found if record["subject"] != "pixels"]
+    found = [record for record in found if accepted_share(record["subject"])[1] is None]
+    models = [record for record in found if record["subject"] not in BASELINES]
     if not models:
         return None
-    others = [record for record in found if record["subject"] == "pixels"] or models[1:2]
+    others = [each for each in found if each["subject"] in ("pixels", f"{models[0]['subject']}_random")] or models[1:2]
     asides = [models[0]["subject"] + (f" {models[0]['tap']}" if models[0].get("tap") else "")]
-    asides += [f"{record['subject']} {share_text(record['value'])}" for record in others]
+    asides += [f"{BASELINES.get(each['subject'], each['subject'])} {share_text(each['value'])}" for each in others]
     return _card(label, models[0], "; ".join(asides))
 
 
@@ -158,14 +167,16 @@ def _training(run: RunFiles, stage: str) -> str:
 
 
 def _scores(run: RunFiles) -> str:
-    records, judge = run.scores(), run.card("eval/classifier")
+    records = run.scores()
     if not records:
         return page.note("No scores yet: `tokenloom eval` writes eval/metrics.json.")
-    told = ""
-    if "accuracy" in judge:
-        told = "The classifier behind features and class accuracy was trained on the same training images; it is right "
-        told = f'<p class="soft">{told} on {share_text(judge["accuracy"])} of the test images.</p>'
-    return told + score_tables(records)
+    told = [
+        f'<p class="soft">The classifier {does} was trained on the same training images; it is right on '
+        f"{share_text(card['accuracy'])} of the test images.</p>"
+        for card, does in ((run.card(f"eval/{name}"), does) for name, does in CLASSIFIERS.items())
+        if "accuracy" in card
+    ]
+    return "".join(told) + score_tables(records)
 
 
 def _time(run: RunFiles) -> str:

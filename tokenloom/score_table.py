@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -10,12 +11,13 @@ from html import escape
 from eval.protocol import Record
 from tokenloom.page import facts, flattened, table
 
-SUBJECTS = ("real", "tokenizer", "autoregressive", "diffusion", "pixels")
+SUBJECTS = ("real", "tokenizer", "autoregressive", "diffusion", "autoregressive_random", "pixels")
 TITLES = {
     "real": "Real images against other real ones",
     "tokenizer": "Tokenizer",
     "autoregressive": "Autoregressive transformer",
     "diffusion": "Latent diffusion",
+    "autoregressive_random": "Autoregressive transformer, untrained",
     "pixels": "Raw pixels",
 }
 PERCENT = "%"
@@ -93,14 +95,31 @@ def find(records: Iterable[Record], subject: str, *names: str) -> Record | None:
 
 def score_tables(records: Sequence[Record]) -> str:
     """A block for each subject: its table, and what it was measured under."""
-    found: list[str] = list(dict.fromkeys(record["subject"] for record in records))
-    order = [subject for subject in SUBJECTS if subject in found] + [each for each in found if each not in SUBJECTS]
     blocks = []
-    for subject in order:
+    for subject in sorted(dict.fromkeys(record["subject"] for record in records), key=_subject_rank):
         mine = sorted((record for record in records if record["subject"] == subject), key=_rank)
         rows = table(("score", "value, 95 % interval", "images"), map(_row, mine))
-        blocks.append(f"<div><h3>{escape(TITLES.get(subject, subject))}</h3>{rows}{_protocols(mine)}</div>")
+        blocks.append(f"<div><h3>{escape(subject_title(subject))}</h3>{rows}{_protocols(mine)}</div>")
     return f'<div class="columns">{"".join(blocks)}</div>'
+
+
+def subject_title(subject: str) -> str:
+    """What a subject is called; of samples that rejection sampling kept, it says how many."""
+    family, share = accepted_share(subject)
+    title = TITLES.get(family, family)
+    return title if share is None else f"{title}, best {100 * share:g}\N{NO-BREAK SPACE}% of its candidates"
+
+
+def accepted_share(subject: str) -> tuple[str, float | None]:
+    """The family of a subject, and the share of its candidates that rejection sampling kept, if it did."""
+    found = re.fullmatch(r"(\w+)@accept(0\.\d+)", subject)
+    return (found[1], float(found[2])) if found else (subject, None)
+
+
+def _subject_rank(subject: str) -> tuple[int, float]:
+    """Place of a subject: its family's; the fewer were kept the further behind the family itself; unknown ones last."""
+    family, share = accepted_share(subject)
+    return SUBJECTS.index(family) if family in SUBJECTS else len(SUBJECTS), -(share or 1)
 
 
 def _rank(record: Record) -> int:

@@ -5,7 +5,7 @@ import torch
 
 from engine import device
 from engine.config import RunConfig
-from engine.device import choose_precision, cpu_quota, exact_products, has_bf16, setup
+from engine.device import choose_precision, cpu_quota, exact_products, gathered, has_bf16, setup
 
 
 def test_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,6 +26,13 @@ def test_autocast_computes_in_the_chosen_precision() -> None:
     cpu.precision = "bf16"
     with cpu.autocast():
         assert (x @ x).dtype == torch.bfloat16
+
+
+def test_what_is_not_sharded_needs_no_gathering() -> None:
+    layer = torch.nn.Linear(2, 2)
+    before = dict(vars(layer))
+    with gathered(layer, "extra_repr"):
+        assert vars(layer) == before
 
 
 @pytest.fixture

@@ -48,6 +48,16 @@ def test_choices_never_see_the_test_images() -> None:
     assert picks[0].test.value > picks[1].test.value
 
 
+def test_a_test_image_of_an_unseen_class_is_wrong_and_changes_no_choice() -> None:
+    (x, labels), (test, test_labels) = blobs(200, 0, gap=1.5), blobs(100, 1, gap=1.5)
+    strange = torch.where(torch.arange(100) < 10, 7, test_labels)
+    known, unknown = (
+        probe_tap("tap", x, labels, test, each, c_grid=C_GRID, held_out=0.2) for each in (test_labels, strange)
+    )
+    assert known[:3] == unknown[:3]
+    assert unknown.test.value < known.test.value
+
+
 def test_best_tap_looks_at_held_out_accuracy_only() -> None:
     a = TapScore("a", 1.0, 0.9, Estimate(0.1, None))
     b = TapScore("b", 1.0, 0.8, Estimate(0.99, None))

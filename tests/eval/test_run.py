@@ -2,78 +2,32 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from engine.checkpoint import save_model
-from engine.config import DataConfig, RunConfig, TrainConfig
+from engine.checkpoint import load_model, save_model
+from engine.config import DataConfig, RunConfig
 from engine.device import setup
-from eval.config import ClassifierConfig, EvalConfig, ProbeConfig
+from eval.config import RejectionConfig
 from eval.protocol import read_scores
-from eval.run import evaluate
-from generator.autoregressive import build_network
-from generator.config import (
-    AutoregressiveConfig,
-    AutoregressiveModelConfig,
-    AutoregressiveSampleConfig,
-    DenoiserModelConfig,
-    DiffusionConfig,
-    DiffusionSampleConfig,
-)
-from generator.diffusion import build_denoiser
-from tokenizer.config import TokenizerConfig, TokenizerModelConfig, TowerConfig
-from tokenizer.model import Tokenizer, code_fingerprint, model_card
+from eval.run import check
+from eval.taps import encoded_once
+from generator.config import AutoregressiveSampleConfig
+from tokenizer.model import Tokenizer, model_card
 
-TOWER = TowerConfig(blocks=1, width=16, heads=2, mlp=32)
-MODEL = TokenizerModelConfig(patch_size=4, vocab_size=32, code_dim=4, encoder=TOWER, decoder=TOWER)
-FAMILIES = {
-    "autoregressive": AutoregressiveConfig(
-        model=AutoregressiveModelConfig(preset="tiny", depth=1, width=16, heads=2),
-        sample=AutoregressiveSampleConfig(batch_size=24),
-    ),
-    "diffusion": DiffusionConfig(
-        model=DenoiserModelConfig(preset="tiny", depth=1, width=16, heads=2),
-        sample=DiffusionSampleConfig(num_steps=2, batch_size=24),
-    ),
-}
-EVAL = EvalConfig(
-    num_samples=24,
-    num_reconstructions=32,
-    classifier=ClassifierConfig(widths=(8, 8, 8), train=TrainConfig(steps=2, batch_size=8, preview_every=0)),
-    probe=ProbeConfig(num_train=60, num_test=40, c_grid=(0.01, 1.0)),
-)
+sys.path.insert(0, str(Path(__file__).parent))
+from untrained import EVAL, FAMILIES, MODEL, make_run, scores
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunConfig:
-    """A run folder with an untrained tokenizer and generators for 16 x 16 digits."""
-    run = RunConfig(name="digits", root=str(tmp_path), device="cpu", precision="fp32", threads=1)
-    torch.manual_seed(0)
-    tokenizer = Tokenizer(MODEL, image_size=16)
-    save_model(run.folder / "tokenizer", tokenizer.state_dict(), model_card(tokenizer))
-    facts = {"num_classes": 10, "class_names": list("0123456789"), "grid": [4, 4], "vocab_size": 32}
-    for (family, config), build in zip(FAMILIES.items(), (build_network, build_denoiser), strict=True):
-        told = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("train", "sample")}
-        card = {**facts, "kind": "generator", "family": family, "config": told, "latent_shape": [4, 4, 4]}
-        card["tokenizer_fingerprint"] = code_fingerprint(tokenizer)
-        save_model(run.folder / family, build(config.model, card).state_dict(), card)
-    return run
+    return make_run(tmp_path)
 
 
-def scores(run: RunConfig, only: str | None = None, config: EvalConfig = EVAL, **changes: Any) -> dict[tuple, dict]:
-    arguments: dict[str, Any] = {
-        "data": DataConfig(size=16),
-        "tokenizer": TokenizerConfig(model=MODEL),
-        **FAMILIES,
-        "eval": config,
-        "device": setup(run),
-        "only": only,
-    }
-    found = evaluate(run=run, **{**arguments, **changes})
-    return {(entry["subject"], entry["name"]): entry for entry in found}
+ONE_FAMILY = dataclasses.replace(EVAL, probe=dataclasses.replace(EVAL.probe, families=("autoregressive",)))
 
 
 def test_everything_a_run_has_is_scored_and_kept(run: RunConfig, capsys: pytest.CaptureFixture) -> None:
@@ -83,7 +37,7 @@ def test_everything_a_run_has_is_scored_and_kept(run: RunConfig, capsys: pytest.
     expected |= {(family, name) for family in FAMILIES for name in judged | {"class_accuracy", "probe_top1"}}
     expected |= {("tokenizer", name) for name in ("psnr", "ssim", "usage", "perplexity", "probe_top1")}
     expected |= {("tokenizer", "rfd_classifier"), ("tokenizer", "rfd_random")}
-    expected |= {("autoregressive", "nll"), ("pixels", "probe_top1")}
+    expected |= {("autoregressive", "nll"), ("pixels", "probe_top1"), ("autoregressive_random", "probe_top1")}
     assert set(found) == expected
     assert not any(name in ("fid", "rfid", "is") for _, name in found)
     assert len(read_scores(run.folder / "eval" / "metrics.json")) == len(expected)
@@ -105,10 +59,44 @@ def test_probe_keeps_the_whole_curve(run: RunConfig) -> None:
         ("tokenizer", "encoder.0"),
         ("tokenizer", "codes"),
         ("autoregressive", found["autoregressive", "probe_top1"]["tap"]),
+        ("autoregressive_random", found["autoregressive_random", "probe_top1"]["tap"]),
         ("diffusion", found["diffusion", "probe_top1"]["tap"]),
     ]
     assert found["pixels", "probe_top1"]["value"] > 0.5
     assert found["tokenizer", "probe_top1"]["protocol"]["num_real"] == 40
+    twin = found["autoregressive_random", "probe_top1"]["protocol"]["subject"]
+    assert twin["weights"] == "random, seed 0"
+    assert twin["generator"] == found["autoregressive", "probe_top1"]["protocol"]["subject"]["generator"]
+    scores(run, "reconstruction", dataclasses.replace(EVAL, features=("random",)))
+    kept = read_scores(run.folder / "eval" / "metrics.json")
+    assert "autoregressive_random" in {entry["subject"] for entry in kept}  # no other model's, so not stale
+
+
+def test_a_batch_is_encoded_once_for_all_who_look_at_it() -> None:
+    class Counting:
+        calls = 0
+
+        def encode(self, images: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return images.flatten(1)[:, :4].long()
+
+    tokenizer = Counting()
+    encode, images = encoded_once(tokenizer), torch.arange(24, dtype=torch.uint8).view(2, 3, 2, 2)
+    assert torch.equal(encode(images), encode(images.clone()))
+    assert tokenizer.calls == 1
+    assert not torch.equal(encode(images.flip(0)), encode(images))
+    assert tokenizer.calls == 2
+
+
+def test_features_behind_an_untrained_null_label_say_so(run: RunConfig, capsys: pytest.CaptureFixture) -> None:
+    told = scores(run, "probe", ONE_FAMILY)["autoregressive", "probe_top1"]["protocol"]["subject"]
+    assert "null_label" not in told and "null label" not in capsys.readouterr().out
+    card, weights = load_model(run.folder / "autoregressive")
+    card["config"]["model"]["label_dropout"] = 0.0
+    save_model(run.folder / "autoregressive", weights, card)
+    told = scores(run, "probe", ONE_FAMILY)["autoregressive", "probe_top1"]["protocol"]["subject"]
+    assert told["null_label"] == "never trained"
+    assert "autoregressive.model.label_dropout above 0" in capsys.readouterr().out
 
 
 def test_samples_that_fit_are_used_and_others_are_made_again(run: RunConfig) -> None:
@@ -121,6 +109,54 @@ def test_samples_that_fit_are_used_and_others_are_made_again(run: RunConfig) -> 
     hotter = dataclasses.replace(FAMILIES["autoregressive"], sample=AutoregressiveSampleConfig(temperature=2.0))
     scores(run, "fid", diffusion=None, autoregressive=hotter)
     assert first.stat().st_mtime_ns != stamp
+
+
+def test_the_best_candidates_are_scored_under_their_own_name(run: RunConfig, capsys: pytest.CaptureFixture) -> None:
+    picks = RejectionConfig(acceptances=(0.5, 0.3), classifier=dataclasses.replace(EVAL.classifier, seed=1))
+    config = dataclasses.replace(EVAL, features=("classifier",), rejection=picks)
+    found = scores(run, "fid", config, diffusion=None)
+    subjects = {subject for subject, _ in found}
+    assert subjects == {"real", "autoregressive", "autoregressive@accept0.5", "autoregressive@accept0.3"}
+    plain, kept = (found[subject, "class_accuracy"] for subject in ("autoregressive", "autoregressive@accept0.3"))
+    assert kept["n"] == plain["n"] == 24
+    facts = kept["protocol"]["subject"]
+    picker, _ = load_model(run.folder / "eval" / "rejection_classifier")
+    assert (facts["acceptance"], facts["candidates"], facts["classifier"]) == (0.3, 80, picker["fingerprint"])
+    assert facts["labels"] == plain["protocol"]["subject"]["labels"]  # as many of each class
+    assert kept["protocol"]["hash"] == plain["protocol"]["hash"]
+    assert ("autoregressive@accept0.5", "nll") not in found
+    assert "autoregressive@accept0.3" in capsys.readouterr().out
+    # Another acceptance needs no new candidate, and takes the place of the old ones.
+    pool = run.folder / "samples" / "autoregressive-candidates"
+    stamp = (pool / "000079.png").stat().st_mtime_ns
+    other = dataclasses.replace(picks, acceptances=(0.4,))
+    scores(run, "fid", dataclasses.replace(config, rejection=other), diffusion=None)
+    assert (pool / "000079.png").stat().st_mtime_ns == stamp
+    names = {entry["subject"] for entry in read_scores(run.folder / "eval" / "metrics.json")}
+    assert {name for name in names if "@" in name} == {"autoregressive@accept0.4"}
+
+
+def test_models_without_classes_are_not_picked_from(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    picks = RejectionConfig(acceptances=(0.5,), classifier=EVAL.classifier)
+    config = dataclasses.replace(EVAL, features=("random",), rejection=picks)
+    found = scores(make_run(tmp_path, num_classes=0), "fid", config, diffusion=None)
+    assert not any("@" in subject for subject, _ in found)
+    assert "rejection sampling of autoregressive left out: it was trained without classes" in capsys.readouterr().out
+
+
+def test_the_judge_may_not_pick(run: RunConfig) -> None:
+    scores(run, "reconstruction")
+    itself = dataclasses.replace(EVAL.classifier, path=str(run.folder / "eval" / "classifier"))
+    config = dataclasses.replace(EVAL, rejection=RejectionConfig(acceptances=(0.5,), classifier=itself))
+    with pytest.raises(ValueError, match="would be circular"):
+        scores(run, "fid", config)
+
+
+def test_rejection_without_a_fitting_classifier_is_refused_before_training(run: RunConfig, tmp_path: Path) -> None:
+    absent = dataclasses.replace(EVAL.classifier, path=str(tmp_path / "absent"))
+    config = dataclasses.replace(EVAL, rejection=RejectionConfig(acceptances=(0.5,), classifier=absent))
+    with pytest.raises(ValueError, match="absent"):
+        check(data=DataConfig(size=16), eval=config, device=setup(run))
 
 
 def test_same_run_gives_the_same_scores(run: RunConfig) -> None:

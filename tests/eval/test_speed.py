@@ -18,9 +18,20 @@ from engine.shards import open_shards
 from engine.sources import open_images
 from engine.task import Task
 from eval.bench import Bench, smaller_batch
-from eval.speed import NextCode, RandomImages, measure_tokenizer, speed, step_flops, usable_shards
+from eval.speed import (
+    RandomImages,
+    code_flops,
+    measure_autoregressive_step,
+    measure_decoding,
+    measure_tokenizer,
+    rows_per_image,
+    speed,
+    step_flops,
+    usable_shards,
+)
 from eval.stopwatch import LEAST, WARM_UP, time_calls, time_steps
 from generator.autoregressive import VIM
+from generator.card import generator_card
 from generator.config import (
     AutoregressiveConfig,
     AutoregressiveModelConfig,
@@ -38,6 +49,7 @@ from tokenizer.config import (
     TowerConfig,
 )
 from tokenizer.discriminator import build_discriminator
+from tokenizer.encode import encode_flops
 from tokenizer.model import Tokenizer
 from tokenizer.perceptual import open_perceptual
 from tokenizer.train import TokenizerTask
@@ -223,11 +235,47 @@ def test_a_long_step_is_cut_to_fewer_parts_then_to_smaller_ones(most: float, bat
     assert (train.batch_size, train.accumulate) == (batch_size, accumulate)
 
 
-def test_one_more_code_attends_to_the_whole_cache() -> None:
+@pytest.mark.parametrize("seen", [1, 12.5, 24])
+def test_one_more_code_attends_to_what_stands(seen: float) -> None:
     network = VIM(AUTOREGRESSIVE.model, vocab_size=32, length=24, num_classes=3)
-    one = torch.zeros(1, dtype=torch.int64)
     matrices = 12 * 16**2 + 32 * 16
-    assert forward_flops(NextCode(network), one[:, None], one) == 2 * matrices + 4 * 24 * 16
+    assert code_flops(network, seen) == 2 * matrices + 4 * seen * 16
+
+
+def test_guidance_takes_a_second_row_up_to_the_last_guided_code() -> None:
+    for settings, rows in (
+        (AutoregressiveSampleConfig(), 1),
+        (AutoregressiveSampleConfig(guidance=2.0), 2),
+        (AutoregressiveSampleConfig(guidance=2.0, guidance_schedule="linear"), 2),
+        (AutoregressiveSampleConfig(guidance=2.0, guidance_start=0.25, guidance_stop=0.5), 1.5),
+    ):
+        assert rows_per_image(settings, 16) == rows
+
+
+def autoregressive_row(run: RunConfig, device: Device, folder: Path, **changes: Any) -> dict[str, Any]:
+    """The row of a training step, and the tokenizer's forward operations."""
+    tokenizer = Tokenizer(TOKENIZER.model, image_size=16).eval()
+    shards, _ = usable_shards(run, tokenizer, ("a", "b"), folder)
+    bench = Bench(run, device, seconds=0.02)
+    measure_autoregressive_step(bench, replace(AUTOREGRESSIVE, **changes), shards, tokenizer)
+    return bench.rows[0]
+
+
+def test_a_step_that_encodes_its_images_counts_the_encoder(run: RunConfig, device: Device, tmp_path: Path) -> None:
+    usual = autoregressive_row(run, device, tmp_path / "usual")
+    fly = autoregressive_row(run, device, tmp_path / "fly", codes="on_the_fly")
+    assert (usual["note"], fly["note"]) == ("", "encodes its images")
+    encoder = encode_flops(Tokenizer(TOKENIZER.model, image_size=16).eval())
+    assert fly["flops_per_image"] - usual["flops_per_image"] == pytest.approx(encoder, abs=3)
+
+
+def test_sampling_in_bf16_is_measured_against_bf16_products(run: RunConfig, device: Device, tmp_path: Path) -> None:
+    tokenizer = Tokenizer(TOKENIZER.model, image_size=16)
+    config = replace(AUTOREGRESSIVE, sample=AutoregressiveSampleConfig(batch_size=2, precision="bf16"))
+    shards, _ = usable_shards(run, tokenizer, ("a", "b"), tmp_path)
+    bench = Bench(run, device, seconds=0.02)
+    measure_decoding(bench, config, generator_card(config, shards, tokenizer))
+    assert bench.rows[0]["dtype"] == "bfloat16" and bench.rows[0]["ratio"] > 0
 
 
 def test_a_runs_own_codes_are_read_if_they_fit(run: RunConfig, tmp_path: Path) -> None:

@@ -24,7 +24,9 @@ from generator.config import (
     DiffusionSampleConfig,
 )
 from generator.diffusion import build_denoiser
-from generator.sample import grid_rows, load_generator, sample, sample_images
+from generator.partial import paint_partial
+from generator.sample import load_generator, sample, sample_images, stream_images
+from generator.sample_folder import grid_rows
 from tokenizer.model import load_tokenizer
 
 CONFIGS = {
@@ -147,6 +149,119 @@ def test_an_interrupted_call_continues(
     assert calls[2] == calls[3]
     assert len(calls) == 4
     assert np.array_equal(pictures(folder), pictures(whole))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_candidates_go_round_and_begin_with_the_samples_that_are_there(
+    finished: RunConfig, device: Device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family: str
+) -> None:
+    settings = {"run": finished, "config": CONFIGS[family], "family": family, "device": device, "num": 8}
+    plain, drawn = sample(**settings), []
+
+    def counted(*args, **kwargs) -> torch.Tensor:
+        drawn.extend(args[3])
+        return sample_images(*args, **kwargs)
+
+    monkeypatch.setattr("generator.sample.sample_images", counted)
+    pool = sample(**settings, candidates=20, out=tmp_path / "pool", known=[plain])
+    assert drawn == list(range(8, 20))  # the first two batches were there
+    told = json.loads((pool / "samples.json").read_text())
+    assert told["labels"] == [0, 1, 2, 0, 1, 2, 0, 1] * 2 + [0, 1, 2, 0]
+    assert np.array_equal(pictures(pool)[:8], pictures(plain))
+    sample(**settings, candidates=12, out=pool)
+    assert len(drawn) == 12 and len(pictures(pool)) == 20  # more than are asked for will do
+    sample(**settings, candidates=24, out=pool)
+    assert drawn[12:] == list(range(20, 24))
+
+
+def test_pictures_of_other_settings_or_classes_are_not_taken_over(finished: RunConfig, device: Device) -> None:
+    settings = {"run": finished, "config": CONFIGS["autoregressive"], "family": "autoregressive", "device": device}
+    plain = sample(**settings, num=4)
+    greedy = AutoregressiveSampleConfig(batch_size=4, temperature=0)
+    others = dataclasses.replace(CONFIGS["autoregressive"], sample=greedy)
+    out = finished.folder / "samples" / "others"
+    fresh = pictures(sample(**settings | {"config": others}, num=4, out=out))
+    assert np.array_equal(pictures(sample(**settings | {"config": others}, num=4, out=out, known=[plain])), fresh)
+    ones = sample(**settings, num=4, label=1, out=out, known=[plain])
+    assert not np.array_equal(pictures(ones)[0], pictures(plain)[0])
+    assert np.array_equal(pictures(ones)[1], pictures(plain)[1])
+
+
+def test_compilation_is_passed_on_and_names_no_sample(
+    finished: RunConfig, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def plainly(*args, compile: bool, **kwargs) -> torch.Tensor:
+        asked.append(compile)
+        return sample_images(*args, **kwargs)
+
+    monkeypatch.setattr("generator.sample.sample_images", plainly)
+    compiled = AutoregressiveSampleConfig(batch_size=4, compile=True)
+    config = dataclasses.replace(CONFIGS["autoregressive"], sample=compiled)
+    folder = sample(run=finished, config=config, family="autoregressive", device=device, num=2)
+    assert asked == [True]
+    assert "compile" not in json.loads((folder / "samples.json").read_text())["settings"]
+
+
+def test_samples_of_before_a_setting_came_are_kept(finished: RunConfig, device: Device) -> None:
+    settings = {"run": finished, "family": "autoregressive", "device": device, "num": 3}
+    folder = sample(config=CONFIGS["autoregressive"], **settings)
+    told = json.loads((folder / "samples.json").read_text())
+    del told["settings"]["top_p"]
+    (folder / "samples.json").write_text(json.dumps(told))
+    stamp = (folder / "000000.png").stat().st_mtime_ns
+    sample(config=CONFIGS["autoregressive"], **settings)
+    assert (folder / "000000.png").stat().st_mtime_ns == stamp
+    narrow = dataclasses.replace(CONFIGS["autoregressive"], sample=AutoregressiveSampleConfig(top_p=0.5))
+    sample(config=narrow, **settings)
+    assert (folder / "000000.png").stat().st_mtime_ns != stamp
+
+
+def test_streamed_images_grow_from_grey_to_the_samples(finished: RunConfig) -> None:
+    generator, tokenizer = load_generator(finished.folder, "autoregressive"), load_tokenizer(finished.folder)
+    labels, seeds = torch.tensor([0, 2]), [3, 4]
+    steps = list(stream_images(generator, tokenizer, labels, seeds, every=6, temperature=0.5))
+    assert [done for done, _ in steps] == [6, 12, 16]
+    assert all((images.shape, images.dtype) == ((2, 3, 16, 16), torch.uint8) for _, images in steps)
+    first = steps[0][1]  # a row of four codes and two more stand
+    assert (first[:, :, 4:8, 8:] == 128).all() and (first[:, :, 8:] == 128).all()
+    assert (first[:, :, :4] != 128).any() and (first[:, :, 4:8, :8] != 128).any()
+    whole = sample_images(generator, tokenizer, labels, seeds, batch_size=2, temperature=0.5)
+    assert torch.equal(steps[-1][1], whole)
+
+
+def test_what_cannot_be_streamed_is_refused_at_the_call(finished: RunConfig) -> None:
+    tokenizer = load_tokenizer(finished.folder)
+    generators = {family: load_generator(finished.folder, family) for family in FAMILIES}
+    with pytest.raises(ValueError, match="diffusion do not grow code by code"):
+        stream_images(generators["diffusion"], tokenizer, None, [0], every=1)
+    with pytest.raises(ValueError, match="every=0 must be at least 1"):
+        stream_images(generators["autoregressive"], tokenizer, None, [0], every=0)
+    with pytest.raises(ValueError, match=r"label 3 must be 0 \.\. 2"):
+        stream_images(generators["autoregressive"], tokenizer, torch.tensor([3]), [0], every=1)
+
+
+def test_a_picture_on_the_way_changes_no_sample_and_is_gone_at_the_end(
+    finished: RunConfig, device: Device, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    settings = {"run": finished, "config": CONFIGS["autoregressive"], "family": "autoregressive", "device": device}
+    plain, partial, shown = sample(**settings, num=6, out=tmp_path / "plain"), tmp_path / "shown-partial.png", []
+    monkeypatch.setattr("generator.watch.SECONDS", 0.0)
+
+    def painted(tokenizer, codes: torch.Tensor, done: int) -> torch.Tensor:
+        shown.append((len(codes), done, partial.exists()))
+        return paint_partial(tokenizer, codes, done)
+
+    monkeypatch.setattr("generator.watch.paint_partial", painted)
+    watched = sample(**settings, num=6, out=tmp_path / "shown", partial=partial)
+    assert [step[:2] for step in shown] == [(count, done) for count in (4, 2) for done in range(1, 17)]
+    assert all(exists for _, _, exists in shown[1:]) and not partial.exists()
+    assert capsys.readouterr().out.count(str(partial)) == 1
+    for row in range(6):
+        assert (plain / f"{row:06d}.png").read_bytes() == (watched / f"{row:06d}.png").read_bytes()
+    with pytest.raises(ValueError, match="diffusion do not grow"):
+        sample(**settings | {"family": "diffusion", "config": CONFIGS["diffusion"]}, partial=partial)
 
 
 def test_a_folder_of_other_files_is_left_alone(finished: RunConfig, device: Device, tmp_path: Path) -> None:

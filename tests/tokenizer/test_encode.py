@@ -11,10 +11,11 @@ import torch
 from engine.checkpoint import save_model
 from engine.config import DataConfig, RunConfig
 from engine.device import Device, setup
+from engine.flops import forward_flops
 from engine.shards import open_shards
 from engine.sources import open_images
 from tokenizer.config import TokenizerConfig
-from tokenizer.encode import encode_images, view_draws
+from tokenizer.encode import encode_flops, encode_images, view_draws
 from tokenizer.model import Tokenizer, code_fingerprint, load_tokenizer, model_card
 
 DATA = DataConfig(source="digits", size=16, workers=0)
@@ -81,6 +82,18 @@ def test_what_is_there_is_left_alone_and_what_is_stale_made_anew(
     save_model(run.folder / "tokenizer", tokenizer.state_dict(), model_card(tokenizer))
     assert encoded(views=2) != other_views
     assert open_shards(run.folder / "codes" / "test").meta["tokenizer_fingerprint"] == code_fingerprint(tokenizer)
+
+
+def test_splits_that_nobody_reads_are_left_out(run: RunConfig, device: Device) -> None:
+    folder = encode_images(run=run, data=DATA, tokenizer=TokenizerConfig(), device=device, splits=["test"])
+    assert [path.name for path in folder.iterdir()] == ["test"]
+
+
+def test_encoding_costs_a_forward_pass_without_the_decoder(tokenizer: Tokenizer) -> None:
+    size, length = tokenizer.image_size, tokenizer.length
+    whole = forward_flops(tokenizer, torch.empty(1, 3, size, size))
+    decoder = forward_flops(tokenizer.decoder, torch.empty(1, length, tokenizer.quantizer.latent_dim))
+    assert encode_flops(tokenizer) == whole - decoder > 0
 
 
 def test_another_image_size_is_refused(run: RunConfig, device: Device) -> None:

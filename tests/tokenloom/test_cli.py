@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -5,6 +6,9 @@ from pathlib import Path
 import pytest
 
 from tokenloom.cli import COMMANDS, USAGE, main
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))
+from untrained import make_run, write_yaml
 
 SMOKE = str(Path(__file__).parents[2] / "configs" / "smoke.yaml")
 
@@ -43,6 +47,9 @@ def test_a_commands_help_lists_its_options_and_every_key(capsys: pytest.CaptureF
         (["run", "--config", SMOKE, "--tokenizer.model.patch_size=7"], "multiple of the patch size"),
         (["generator", "--config", SMOKE, "--diffusion=null", "--only", "diffusion"], "has autoregressive"),
         (["sample", "--config", SMOKE, "--only", "gan"], "invalid choice: 'gan'"),
+        (["sample", "--config", SMOKE, "--stream"], "add --only autoregressive"),
+        (["sample", "--config", SMOKE, "--acceptance", "1.5"], "--acceptance=1.5 must lie between 0 and 1"),
+        (["run", "--config", SMOKE, "--eval.rejection.acceptances=[0]"], "acceptances=0.0 must lie between 0 and 1"),
         (["run", "--config", SMOKE, "--data.source=folder", "--data.path=nowhere"], "nowhere"),
         (["run", "--config", SMOKE, "--eval.num_samples=5000"], "set --eval.num_samples="),
         (["run", "--config", SMOKE, "--eval.features=[inception]", "--eval.inception_weights=no.pth"], "no.pth"),
@@ -64,6 +71,41 @@ def test_a_mistake_ends_with_one_clear_message(
     assert message in told
     assert "Traceback" not in told
     assert not (tmp_path / "runs").exists()  # told before anything was trained
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> list[str]:
+    """What points a command at a run of untrained models."""
+    make_run(tmp_path)
+    return ["--config", str(write_yaml(tmp_path / "trial.yaml")), f"--run.root={tmp_path}"]
+
+
+def test_the_best_samples_are_drawn_and_told(
+    run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["sample", *run, "--only", "autoregressive", "--num", "6", "--label", "3"]
+    picks = ["--eval.rejection.classifier.train.steps=2", "--eval.rejection.classifier.widths=[8,8,8]"]
+    main([*words, "--acceptance", "0.5", *picks])
+    folder = tmp_path / "digits" / "samples" / "autoregressive-seed0-num6-label3-accept0.5"
+    assert f"the best 0.5 of all candidates, in {folder}" in capsys.readouterr().out
+    told = json.loads((folder / "samples.json").read_text())
+    assert (told["acceptance"], told["candidates"], told["labels"]) == (0.5, 12, [3] * 6)
+    assert len(told["probability"]) == len(list(folder.glob("0*.png"))) == 6 and (folder / "grid.png").exists()
+    assert [each.name for each in folder.parent.iterdir()] == [folder.name]  # the candidates are gone
+    main([*words, "--acceptance", "0.5", *picks])
+    assert [each.name for each in folder.parent.iterdir()] == [folder.name]
+
+
+def test_samples_can_be_watched_and_are_the_same(
+    run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["sample", *run, "--only", "autoregressive", "--num", "4"]
+    main([*words, "--out", str(tmp_path / "plain")])
+    main([*words, "--out", str(tmp_path / "watched"), "--stream"])
+    assert f"images on the way: {tmp_path / 'watched' / 'autoregressive-partial.png'}" in capsys.readouterr().out
+    plain, watched = (tmp_path / name / "autoregressive" for name in ("plain", "watched"))
+    assert all((plain / f"{row:06d}.png").read_bytes() == (watched / f"{row:06d}.png").read_bytes() for row in range(4))
+    assert [each.name for each in watched.parent.iterdir()] == ["autoregressive"]
 
 
 def test_a_stage_before_its_time_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

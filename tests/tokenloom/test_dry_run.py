@@ -9,11 +9,18 @@ import torch
 
 from engine.config import DataConfig, TrainConfig
 from engine.flops import forward_flops
-from generator.config import AutoregressiveConfig, AutoregressiveModelConfig, DenoiserModelConfig, DiffusionConfig
+from generator.config import (
+    AutoregressiveConfig,
+    AutoregressiveModelConfig,
+    DenoiserModelConfig,
+    DiffusionConfig,
+    OrderConfig,
+)
 from tokenizer.config import QuantizerConfig, TokenizerConfig, TokenizerLossConfig, TokenizerModelConfig
+from tokenizer.encode import encode_flops
 from tokenizer.model import Tokenizer, count_parameters
 from tokenizer.perceptual import open_perceptual
-from tokenloom.dry_run import Stage, build_stages, dry_run, memory, quantity, stage_facts
+from tokenloom.dry_run import Stage, build_stages, dry_run, encoded_splits, memory, quantity, stage_facts
 from tokenloom.experiment import Experiment, load_experiment
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
@@ -144,6 +151,44 @@ def test_a_frozen_encoder_counts_forwards_alone(kind: Any, digits: Experiment) -
     assert columns[1]["training per image"] == quantity(forward + 2 * decoder, "FLOP")
     told = "encoder and bottleneck are frozen: they count forwards alone"
     assert told in dry_run(frozen) and told not in dry_run(digits)
+
+
+def with_autoregressive(experiment: Experiment, **changes: Any) -> Experiment:
+    assert experiment.autoregressive is not None
+    return dataclasses.replace(experiment, autoregressive=dataclasses.replace(experiment.autoregressive, **changes))
+
+
+def test_codes_on_the_fly_cost_an_encoder_and_its_weights(digits: Experiment) -> None:
+    digits = dataclasses.replace(digits, diffusion=None)
+    fly = with_autoregressive(digits, codes="on_the_fly")
+    with torch.device("meta"):
+        tokenizer = Tokenizer(digits.tokenizer.model, image_size=32)
+        usual, stage = (list(build_stages(each, 10))[1] for each in (digits, fly))
+    forward = forward_flops(stage.network, *stage.inputs)
+    assert usual.factor == 3 and stage.factor * forward == pytest.approx(3 * forward + encode_flops(tokenizer))
+    assert (usual.beside, stage.beside) == (0, 4 * count_parameters(tokenizer))
+    column = stage_facts(stage, digits.run, 1, "cpu", "fp32")
+    assert column["training per image"] == quantity(3 * forward + encode_flops(tokenizer), "FLOP")
+    weights = 20 * count_parameters(stage.network) + 4 * count_parameters(tokenizer)
+    assert column["  weights, gradients, AdamW, EMA"] == memory(weights)
+
+
+def test_the_training_split_is_encoded_for_whom_it_may_concern(digits: Experiment) -> None:
+    fly = with_autoregressive(digits, codes="on_the_fly")
+    alone = dataclasses.replace(fly, diffusion=None)
+    assert encoded_splits(digits) == encoded_splits(fly) == ("train", "test")
+    assert encoded_splits(dataclasses.replace(digits, autoregressive=None, diffusion=None)) == ("train", "test")
+    assert encoded_splits(alone) == ("test",)
+    text = dry_run(alone)
+    assert "codes/test/" in text and "codes/train/" not in text
+    assert "each autoregressive step encodes its images" in text
+
+
+def test_training_in_random_orders_has_a_table_of_sources(digits: Experiment) -> None:
+    random = with_autoregressive(digits, order=OrderConfig(kind="random"))
+    with torch.device("meta"):
+        usual, stage = (list(build_stages(each, 10))[1] for each in (digits, random))
+    assert count_parameters(stage.network) - count_parameters(usual.network) == 17 * 256
 
 
 def test_the_perceptual_network_keeps_its_weights_and_passes_one_image_back(digits: Experiment) -> None:

@@ -63,6 +63,19 @@ def test_a_changed_tokenizer_is_refused_and_named(run: Path, capsys: pytest.Capt
     assert "tokenizer.train.learning_rate: 0.002 -> 0.5" in capsys.readouterr().err
 
 
+def test_a_generator_that_encodes_its_images_needs_no_encoded_training_split(run: Path, tmp_path: Path) -> None:
+    """The codes that it trains on come from the images; those of the test split still judge it."""
+    shutil.copytree(run / "tokenizer", tmp_path / "fly" / "tokenizer")
+    words = ("--autoregressive.codes=on_the_fly", "--diffusion=null", "--run.name=fly", f"--run.root={tmp_path}")
+    for name in ("encode", "generator"):
+        command(run, name, *words)
+    command(run, "sample", *words, "--num", "2", "--out", str(tmp_path / "out"))
+    assert [path.name for path in (tmp_path / "fly" / "codes").iterdir()] == ["test"]
+    told = json.loads((tmp_path / "fly" / "autoregressive" / "model.json").read_text())
+    assert told["codes"] == "on_the_fly" and told["identity"]["codes"]["images"]["split"] == "train"
+    assert len(list((tmp_path / "out" / "autoregressive").glob("0*.png"))) == 2
+
+
 def test_samples_from_the_command_line(run: Path, tmp_path: Path) -> None:
     words = ("--only", "autoregressive", "--num", "3", "--label", "7", "--seed", "5")
     command(run, "sample", *words, "--out", str(tmp_path / "out"))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,35 @@ def test_two_processes_agree_on_codebook_usage_and_opponent(tmp_path: Path, para
     for one, other in zip(*logs, strict=True):
         for key in told & one.keys():
             assert one[key] == pytest.approx(other[key], rel=1e-3, abs=1e-4), (key, one["step"])
+
+
+# What a plain VIM on cached codes does not use: other blocks, images encoded in the step, a curriculum of orders.
+UNUSUAL = [
+    "--autoregressive.model.block=modern", "--autoregressive.codes=on_the_fly", "--autoregressive.order.kind=random",
+    "--autoregressive.train.preview_every=10", "--diffusion=null",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_with_shards_of_a_modern_transformer_train_and_preview_as_one(tmp_path: Path) -> None:
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    commands: list[tuple[str, str, list[str]]] = [("tokenizer", "one", []), ("encode", "one", [])]
+    commands += [("generator", "one", []), ("generator", "two", two)]
+    for name, root, launcher in commands:
+        if root == "two":
+            for stage in ("tokenizer", "codes"):
+                shutil.copytree(tmp_path / "one" / "smoke" / stage, tmp_path / "two" / "smoke" / stage)
+        words = [name, *WORDS[1:], *UNUSUAL, f"--run.root={tmp_path / root}", "--run.parallel=fsdp"]
+        command = [sys.executable, *launcher, "-m", "tokenloom", *words]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+    folders = [tmp_path / root / "smoke" / "autoregressive" for root in ("one", "two")]
+    one, other = (load_file(folder / "model.safetensors") for folder in folders)
+    assert one.keys() == other.keys()
+    assert max((one[key] - other[key]).abs().max().item() for key in one) < 1e-4
+    previews = [f"step-{step:08d}-{name}.png" for step in (10, 20, 30) for name in ("partial", "samples")]
+    for folder in folders:
+        assert sorted(path.name for path in (folder / "previews").iterdir()) == previews
 
 
 @pytest.mark.slow

@@ -39,7 +39,8 @@ def make_run(folder: Path, *, labels: bool = True) -> Path:
         write_samples(folder / "samples" / family, family, rng, labels=labels)
     write_json(folder / "eval" / "metrics.json", scores())
     write_json(folder / "eval" / "probe.json", {"protocol": {}, "curve": probe()})
-    write_json(folder / "eval" / "classifier" / "model.json", {"kind": "classifier", "accuracy": 0.9714})
+    for name, accuracy in (("classifier", 0.9714), ("rejection_classifier", 0.9731)):
+        write_json(folder / "eval" / name / "model.json", {"kind": "classifier", "accuracy": accuracy})
     stages = ("tokenizer", "encode", "autoregressive", "diffusion", "samples of diffusion", "eval")
     write_json(folder / "stages.json", {name: {"seconds": 7.5 * place + 1} for place, name in enumerate(stages)})
     (folder / "config.yaml").write_text(f"run: {{name: '{EVIL}'}}\ndiffusion: {{train: {{steps: 90}}}}\n")
@@ -93,11 +94,16 @@ def scores() -> list[dict]:
     found += [one("fd_classifier", family, 4.5678) for family in families]
     found += [one("class_accuracy", family, 0.95) for family in families]
     found += [one("probe_top1", "pixels", 0.8, tap="pixels"), one("probe_top1", "diffusion", 0.9, tap="block_2")]
+    found += [one("class_accuracy", f"autoregressive@accept{share}", 0.99) for share in (0.25, 0.5)]
+    found += [one("probe_top1", "autoregressive", 0.93, tap="block_2")]
+    found += [one("probe_top1", "autoregressive_random", 0.85, tap="block_1"), one("is", "odd@accept1e9", 1.0)]
+    found += [one("probe_top1", "tokenizer", 0.82, tap="codes")]
     return [*found, one("never_heard_of", "stranger", 1e-9)]
 
 
 def probe() -> list[dict]:
     taps = ["pixels pixels", "tokenizer encoder.0", "tokenizer codes", "diffusion block_1", "diffusion block_2"]
+    taps += [f"autoregressive{twin} block_{block}" for twin in ("", "_random") for block in (1, 2)]
     rows = []
     for place, (family, tap) in enumerate(each.split() for each in taps):
         interval = [0.7, 0.95] if place else [float("nan")] * 2
@@ -115,6 +121,7 @@ class Page(HTMLParser):
         self.links: list[str] = []
         self.images: list[dict] = []
         self.headings: list[int] = []
+        self.charts: list[str] = []
         self.words = ""
         self.feed(text)
         assert not self.open
@@ -124,6 +131,7 @@ class Page(HTMLParser):
         self.ids += [told["id"]] if "id" in told else []
         self.links += [told[key] for key in ("src", "href", "srcset", "action", "data", "xlink:href") if key in told]
         self.images += [told] if tag == "img" else []
+        self.charts += [told["aria-label"]] if tag == "svg" else []
         self.headings += [int(tag[1])] if re.fullmatch("h[1-6]", tag) else []
         if tag not in ("meta", "img", "br", "link"):
             self.open.append(tag)
@@ -163,6 +171,26 @@ def test_a_page_tells_every_subject(full: Page):
     missing = [text for text in (*words, *figures, *others) if text not in full.words]
     assert not missing
     assert "nan" not in full.words
+
+
+def test_a_probe_is_drawn_beside_its_baselines(full: Page, tmp_path: Path):
+    chart = next(each for each in full.charts if each.startswith("Autoregressive transformer. chosen"))
+    told = ("chosen block_2", "untrained, chosen block_1: 87.0 %", "raw pixels 80.0 %", "tokenizer, codes: 82.0 %")
+    assert [each for each in told if each not in chart] == []
+    folder = make_run(tmp_path / "zoo")
+    write_json(folder / "eval" / "probe.json", {"curve": [row for row in probe() if "diff" in row["family"]]})
+    (chart,) = (each for each in read(write_report(folder)).charts if "chosen" in each)
+    assert "untrained" not in chart and "raw pixels" not in chart
+
+
+def test_samples_that_were_picked_are_told_as_such(full: Page):
+    half, quarter = (full.words.index(f"transformer, best {share}\u00a0% of its candidates") for share in (50, 25))
+    assert full.words.index("Real images against") < half < quarter < full.words.index("stranger")
+    assert "odd@accept1e9" in full.words
+    (card,) = re.findall(r"Class accuracy([\d.]+)", full.words)[:1]
+    assert card == "95.0"  # the headline is of all samples
+    assert "that picks the best candidates, and judges nothing, was trained" in full.words
+    assert "autoregressive block_2; untrained 85.0\u00a0%; raw pixels 80.0\u00a0%" in full.words
 
 
 def test_headings_go_down_one_level_at_a_time(full: Page):

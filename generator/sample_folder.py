@@ -1,0 +1,128 @@
+"""A folder of samples: 000000.png ..., grid.png, and samples.json, which says what they are; never half there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from engine.checkpoint import write_json
+from engine.log import save_grid
+from generator.config import AutoregressiveSampleConfig, DiffusionSampleConfig
+
+SPEED = ("batch_size", "compile")  # settings that decide no image
+GRID_CLASSES, GRID_COLUMNS = 10, 8
+Told = dict[str, Any]  # samples.json
+
+
+def read_samples(folder: Path) -> Told | None:
+    """The samples.json of a folder; None if there is none or it is cut."""
+    return _read(folder / "samples.json")
+
+
+def begins_with(told: Told | None, request: Told) -> bool:
+    """Whether a folder that `told` describes begins with the samples that are requested."""
+    if told is None or "acceptance" in told or told["family"] != request["family"]:
+        return False
+    rows = all(told[key][: len(request[key])] == request[key] for key in ("labels", "seeds"))
+    models = all(told[key] == request[key] for key in ("generator", "tokenizer"))
+    return rows and models and full_settings(told) == full_settings(request)
+
+
+def is_answered(told: Told | None, request: Told, *, more: bool = False) -> bool:
+    """Whether a folder that `told` describes holds just the samples that are requested, or these and `more`."""
+    return told is not None and begins_with(told, request) and (more or len(told["seeds"]) == len(request["seeds"]))
+
+
+def full_settings(told: Told) -> dict[str, Any]:
+    """The settings of samples; one that is younger than they had its default, which changes nothing."""
+    kind = AutoregressiveSampleConfig if told["family"] == "autoregressive" else DiffusionSampleConfig
+    return {**dataclasses.asdict(kind()), **told["settings"], **dict.fromkeys(SPEED)}
+
+
+def begin(draft: Path, request: Told, known: Sequence[Path] = ()) -> None:
+    """A draft folder for this request; what an interrupted call left of the same request stays.
+
+    Pictures of the folders `known` that fit the request, row by row, are taken over.
+    """
+    if _read(draft / "request.json") == request:
+        return
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    for folder in known:
+        for row in _in_common(read_samples(folder), request):
+            if png_path(folder, row).is_file():
+                shutil.copyfile(png_path(folder, row), png_path(draft, row))
+    write_json(draft / "request.json", request)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise ValueError if there are files that are no samples, which `publish` must not replace."""
+    if folder.exists() and not (folder / "samples.json").exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds files but no samples.json: choose another folder, or empty it")
+
+
+def publish(draft: Path, folder: Path, told: Told) -> None:
+    """Add grid and samples.json to a draft with all its pictures, then put it in the place of older samples."""
+    shown, columns = grid_rows(told["labels"])
+    images = np.stack([np.asarray(Image.open(png_path(draft, row))) for row in shown])        # [n, H, W, 3]
+    save_grid(torch.from_numpy(images).permute(0, 3, 1, 2), draft / "grid.png", columns=columns)
+    write_json(draft / "samples.json", told)
+    old = folder.with_name(f".old-{folder.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    draft.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    (folder / "request.json").unlink(missing_ok=True)
+
+
+def draft_of(folder: Path) -> Path:
+    """Where samples wait until they are complete."""
+    return folder.with_name(f".draft-{folder.name}")
+
+
+def grid_rows(labels: Sequence[int]) -> tuple[list[int], int]:
+    """Which samples a grid shows, and in how many columns: one row for each of the first classes."""
+    classes = sorted(set(labels))[:GRID_CLASSES]
+    members = [[row for row, label in enumerate(labels) if label == each] for each in classes]
+    if len(members) == 1:
+        return members[0][: GRID_COLUMNS**2], min(GRID_COLUMNS, len(members[0]))
+    columns = min(GRID_COLUMNS, *(len(rows) for rows in members))
+    return [row for rows in members for row in rows[:columns]], columns
+
+
+def png_path(folder: Path, row: int) -> Path:
+    """Sample number `row`, from 0."""
+    return folder / f"{row:06d}.png"
+
+
+def write_png(path: Path, image: Tensor) -> None:
+    """Write uint8 [3, H, W]; a killed process leaves no half file under the final name."""
+    draft = path.with_suffix(".part")
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(draft, format="PNG")
+    draft.replace(path)
+
+
+def _in_common(told: Told | None, request: Told) -> list[int]:
+    """The rows in which a folder has the class and seed that are requested, of the same models and settings."""
+    if told is None or not begins_with(told, {**request, "labels": [], "seeds": []}):
+        return []
+    found, wanted = (zip(each["labels"], each["seeds"], strict=True) for each in (told, request))
+    return [row for row, (mine, wish) in enumerate(zip(found, wanted, strict=False)) if mine == wish]
+
+
+def _read(path: Path) -> Told | None:
+    """The JSON in a file; None if there is none or it is cut."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

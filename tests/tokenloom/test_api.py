@@ -1,0 +1,26 @@
+"""What the commands do, from Python; `test_pipeline.py` asks the rest of a trained run."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tokenloom
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))
+from untrained import make_run
+
+
+def test_images_can_be_streamed(tmp_path: Path) -> None:
+    folder, settings = make_run(tmp_path).folder, {"labels": [3, 7], "seeds": [0, 1], "batch_size": 2}
+    steps = list(tokenloom.stream(folder, **settings))
+    assert [done for done, _ in steps] == [4, 8, 12, 16]  # a row of the grid each
+    assert torch.equal(steps[-1][1], tokenloom.sample(folder, "autoregressive", **settings))
+    assert [done for done, _ in tokenloom.stream(folder, seeds=[0], every=7)] == [7, 14, 16]
+    with pytest.raises(ValueError, match="labels has 1 entries, seeds 2"):
+        tokenloom.stream(folder, labels=[3], seeds=[0, 1])
+    shutil.rmtree(folder / "autoregressive")
+    with pytest.raises(ValueError, match="holds no autoregressive generator, whose samples alone grow code by code"):
+        tokenloom.stream(folder, seeds=[0])
