@@ -25,9 +25,20 @@ def attention(
         dropout: share of the attention weights set to 0, in training mode or not.
         causal: query t sees the keys up to t; not together with a mask.
     """
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled() and query.is_cpu and query.shape[-2] == 1:
+        return of_one_query(query, key, value, mask=mask)
     if query.dtype == torch.bfloat16 and query.device.type == "cpu":
         return written_out(query, key, value, mask=mask, dropout=dropout, causal=causal)
     return F.scaled_dot_product_attention(query, key, value, mask, dropout, causal)
+
+
+def of_one_query(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None) -> Tensor:
+    """`attention` of one query [B, H, 1, d] as sums of products in fp32, which the compiler turns into loops that read
+    each key and value once."""
+    scores = (query.float() * query.shape[-1] ** -0.5 * key.float()).sum(-1)                 # [B, H, L]
+    scores = scores if mask is None else scores.masked_fill(~mask[0], float("-inf"))
+    mixed = (scores.softmax(-1)[..., None] * value.float()).sum(-2, keepdim=True)            # [B, H, 1, d]
+    return mixed.to(query.dtype)
 
 
 @torch.compiler.disable  # its loop would be unrolled into a graph that takes minutes to compile

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.products import Linear
+from engine.products import packed
 from generator.condition import check_guidance, label_rows
 from generator.config import AutoregressiveModelConfig, AutoregressiveSampleConfig
 from generator.decoding import decode, seeded_uniforms, stream
@@ -57,7 +57,7 @@ class VIM(nn.Module):
             Block(width, heads, mlp_ratio=model.mlp_ratio, dropout=model.dropout, modern=modern) for _ in range(depth)
         )
         self.norm = build_norm(width, modern=modern)
-        self.head = Linear(width, vocab_size, bias=False)
+        self.head = nn.Linear(width, vocab_size, bias=False)
         self._initialise()
 
     def forward(self, codes: Tensor, labels: Tensor, order: Tensor | None = None) -> Tensor:
@@ -182,17 +182,17 @@ class Autoregressive(nn.Module):
                 size = f"[{len(rows)}, fewer than {self.network.length}]"
                 raise ValueError(f"prefix of shape {tuple(prefix.shape)} must be {size} codes")
         return {
-            "decoder": self._decoder(chosen.precision), "labels": rows, "uniforms": uniforms, "settings": chosen,
-            "null_label": self.num_classes, "prefix": prefix,
+            "decoder": self._decoder(chosen.precision, len(rows)), "labels": rows, "uniforms": uniforms,
+            "settings": chosen, "null_label": self.num_classes, "prefix": prefix,
         }  # fmt: skip
 
-    def _decoder(self, precision: str) -> VIM:
-        """The network, or a copy of it in another precision: made for each call, since in training weights change."""
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-        if self.network.head.weight.dtype == dtype:
-            return self.network
-        weights = {name: weight.to(dtype) for name, weight in self.network.state_dict().items()}
-        return self.from_card(self.card, weights).network
+    def _decoder(self, precision: str, rows: int) -> VIM:
+        """The network as it decodes fastest: made for each call, since in training weights change."""
+        network, dtype = self.network, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        if network.head.weight.dtype != dtype:
+            weights = {name: weight.to(dtype) for name, weight in network.state_dict().items()}
+            network = self.from_card(self.card, weights).network
+        return packed(network, rows)
 
     def randomised(self, seed: int) -> Autoregressive:
         """A generator of the same shape that has learned nothing, in eval mode; its weights depend on the seed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from generator.config import AutoregressiveSampleConfig
 from generator.transformer import KVCache
-
 
 STRETCH = 64  # a compiled step looks at so many positions more at a time, so that its shapes seldom change
 
@@ -84,7 +84,7 @@ def guidance_at(progress: float, settings: AutoregressiveSampleConfig) -> float:
 
     Linear as in MAR (Li et al., 2024), cosine as in MaskBit, and with its power as in RAR (Yu et al., 2024).
     """
-    if not settings.guidance_start <= progress < settings.guidance_stop:
+    if not settings.guidance_start <= progress <= settings.guidance_stop:
         return 1.0
     warped = progress**settings.guidance_power
     rise = {"constant": 1.0, "linear": progress, "cosine": 0.5 * (1 - math.cos(math.pi * warped))}
@@ -107,10 +107,8 @@ def decode(
     prefix: Tensor | None = None,
 ) -> Tensor:
     """All codes [B, T] at once; arguments as of `stream`."""
-    codes = None
-    for _, codes in stream(decoder, labels, uniforms, settings, null_label=null_label, prefix=prefix):
-        pass
-    assert codes is not None, "a sequence has at least one code to decode"
+    steps = stream(decoder, labels, uniforms, settings, null_label=null_label, prefix=prefix)
+    [(_, codes)] = deque(steps, maxlen=1)
     return codes
 
 
@@ -145,7 +143,7 @@ def stream(
 
 
 class _Reader:
-    """Reads codes into the caches of the conditional rows 0 .. B - 1 and, where guided, of the null rows B .. 2B - 1."""
+    """Reads codes into the caches: conditional rows 0 .. B - 1 and, where guided, null rows B .. 2B - 1."""
 
     def __init__(self, decoder: Decoder, labels: Tensor, codes: Tensor, *, compiled: bool) -> None:
         self.advance = decoder.advance

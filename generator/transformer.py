@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.attention import attention, drop
-from engine.products import Linear
 from generator.rotary import Turns, rotate
 
 
@@ -52,8 +51,11 @@ class KVCache:
 
     def update(self, keys: Tensor, values: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values [B, H, T, d] at `position` [T]; return all of them, [B, H, L, d]."""
-        self.keys.index_copy_(2, position, keys.to(self.keys.dtype))
-        self.values.index_copy_(2, position, values.to(self.values.dtype))
+        for stored, new in ((self.keys, keys), (self.values, values)):
+            if self.complete:
+                stored[:, :, -1:] = new                                           # the last position, found faster
+            else:
+                stored.index_copy_(2, position, new.to(stored.dtype))
         return self.keys, self.values
 
     def seen_from(self, position: Tensor) -> Tensor | None:
@@ -90,9 +92,9 @@ class Attention(nn.Module):
             raise ValueError(f"width={width} must be a multiple of heads={heads}")
         self.heads = heads
         self.dropout = dropout
-        self.qkv = Linear(width, 3 * width, bias=not modern)
+        self.qkv = nn.Linear(width, 3 * width, bias=not modern)
         self.query_norm, self.key_norm = (RMSNorm(width // heads) if modern else nn.Identity() for _ in range(2))
-        self.out = Linear(width, width, bias=not modern)
+        self.out = nn.Linear(width, width, bias=not modern)
 
     def forward(
         self,
@@ -143,9 +145,9 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden: int, *, dropout: float = 0.0) -> None:
         super().__init__()
-        self.rise = Linear(width, hidden)
+        self.rise = nn.Linear(width, hidden)
         self.dropout = Dropout(dropout)
-        self.fall = Linear(hidden, width)
+        self.fall = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fall(self.dropout(F.gelu(self.rise(x), approximate="tanh")))
@@ -160,9 +162,9 @@ class SwiGLU(nn.Module):
     def __init__(self, width: int, hidden: int, *, dropout: float = 0.0) -> None:
         super().__init__()
         narrow = math.ceil(2 * hidden / 3 / 64) * 64
-        self.rise = Linear(width, 2 * narrow, bias=False)
+        self.rise = nn.Linear(width, 2 * narrow, bias=False)
         self.dropout = Dropout(dropout)
-        self.fall = Linear(narrow, width, bias=False)
+        self.fall = nn.Linear(narrow, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.rise(x).chunk(2, dim=-1)

@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not words or words[0] in ("--help", "-h", "help"):
         print(USAGE, end="")
         return
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait must not slow other processes
+    # Threads wait for each other a few microseconds at full speed, then sleep: they must not slow other processes.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     command, rest = words[0], words[1:]
     if command not in COMMANDS:
