@@ -22,7 +22,7 @@ from tokenloom.pictures import (
 from tokenloom.run_files import FAMILIES, RunFiles
 from tokenloom.score_table import TITLES
 
-CLASSES, PER_CLASS, PLAIN_SAMPLES, PAIRS, PREVIEWS = 10, 6, 36, 16, 6
+CLASSES, PER_CLASS, PLAIN_SAMPLES, PAIRS, PREVIEWS, FILLING = 10, 6, 36, 16, 6, 4
 PIXELATED_BELOW = 96  # pixels; smaller pictures are enlarged without smoothing
 SECTION_PIXELS = 700_000  # of all pictures of a section together; where that is too few, they are shrunk
 NOT_SAMPLED = {
@@ -67,7 +67,7 @@ def reconstructions(run: RunFiles) -> str:
 
 def previews(run: RunFiles, stage: str, *, wide: bool) -> str:
     """How a generator's previews changed in training; empty if it wrote none."""
-    found = run.previews(stage)
+    found = run.previews(stage, "samples")
     last = len(found) - 1
     chosen = sorted({round(place * last / (PREVIEWS - 1)) for place in range(PREVIEWS)}) if last >= 0 else []
     pictures = []
@@ -80,6 +80,20 @@ def previews(run: RunFiles, stage: str, *, wide: bool) -> str:
         return ""
     figure = f'<figure class="chart{" wide" if wide else ""}"><figcaption>Samples on the way</figcaption>'
     return f'{figure}<div class="strip{_look(run)}">{"".join(pictures)}</div></figure>'
+
+
+def filling(run: RunFiles) -> str:
+    """How an autoregressive image fills in, code by code, from the newest preview; empty if there is none."""
+    for step, path in reversed(run.previews("autoregressive", "partial")):
+        tiles = cut_grid(path, run.image_size())
+        if tiles:
+            columns = math.isqrt(len(tiles))
+            rows = [shrunk(tile, _side(4 * columns**2)) for tile in tiles[: FILLING * columns]]
+            uri = data_uri(montage(rows, columns, gap=max(1, rows[0].shape[0] // 32)))
+            picture = page.picture(uri, f"images filling in at step {step:,}")
+            figure = '<figure class="chart"><figcaption>Code by code, from left to right</figcaption>'
+            return f'{figure}<div class="strip{_look(run)}"><div>{picture}<p>step {step:,}</p></div></div></figure>'
+    return ""
 
 
 def _by_class(run: RunFiles, told: dict[str, Told]) -> str:

@@ -44,7 +44,7 @@ def cut_grid(path: Path, size: int) -> list[np.ndarray]:
 
 def last_pairs(run: RunFiles) -> list[tuple[np.ndarray, np.ndarray]]:
     """Test images and their reconstructions from the tokenizer's newest preview."""
-    for _, path in reversed(run.previews("tokenizer")):
+    for _, path in reversed(run.previews("tokenizer", "reconstructions")):
         tiles = cut_grid(path, run.image_size())
         if tiles:
             return list(zip(tiles[::2], tiles[1::2], strict=False))

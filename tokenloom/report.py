@@ -160,6 +160,7 @@ def _training(run: RunFiles, stage: str) -> str:
     state = "" if run.state(stage) == "done" else "unfinished, "
     panels = curves.training_panels(run, stage)
     strip = gallery.previews(run, stage, wide=len(panels) == 1) if stage in FAMILIES else ""
+    strip += gallery.filling(run) if stage == "autoregressive" else ""
     rest = "".join(curves.other_panels(run, stage))
     more = f'<details><summary>More curves</summary><div class="charts">{rest}</div></details>' if rest else ""
     opening = f'{title} <span class="soft">{state}{curves.throughput(run, stage)}</span></h3>'

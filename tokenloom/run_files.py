@@ -68,9 +68,9 @@ class RunFiles:
         told = self._object(f"samples/{family}/samples.json")
         return told if {"labels", "seeds"} <= told.keys() else {}
 
-    def previews(self, stage: str) -> list[tuple[int, Path]]:
-        """Preview grids of a stage with their steps, oldest first."""
-        paths = sorted((self.folder / stage / "previews").glob("step-*.png"))
+    def previews(self, stage: str, name: str) -> list[tuple[int, Path]]:
+        """Preview grids of a stage under one name, such as samples, with their steps, oldest first."""
+        paths = sorted((self.folder / stage / "previews").glob(f"step-*-{name}.png"))
         steps = (path.name.split("-")[1] for path in paths)
         return [(int(step), path) for step, path in zip(steps, paths, strict=True) if step.isdigit()]
 

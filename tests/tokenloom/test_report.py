@@ -15,8 +15,10 @@ from safetensors.torch import save_file
 from engine.checkpoint import write_json
 from engine.log import save_grid
 from engine.shards import ShardWriter
+from tokenloom import gallery
 from tokenloom.pictures import cut_grid, save_overview
 from tokenloom.report import CHAPTERS, num_weights, write_report
+from tokenloom.run_files import RunFiles
 
 EVIL = '<script>alert("cat")</script>'
 NAMES = [EVIL, "zebra & co", *(f"animal {number}" for number in range(2, 10))]
@@ -35,6 +37,8 @@ def make_run(folder: Path, *, labels: bool = True) -> Path:
     pairs = torch.from_numpy(rng.integers(0, 256, (8, 3, SIZE, SIZE), dtype=np.uint8))
     save_grid(pairs, folder / "tokenizer" / "previews" / "step-00000040-reconstructions.png", columns=2)
     save_grid(pairs[:4], folder / "diffusion" / "previews" / "step-00000040-samples.png", columns=2)
+    strip = pairs[:4].repeat(16, 1, 1, 1)
+    save_grid(strip, folder / "autoregressive" / "previews" / "step-00000040-partial.png", columns=8)
     for family in ("autoregressive", "diffusion"):
         write_samples(folder / "samples" / family, family, rng, labels=labels)
     write_json(folder / "eval" / "metrics.json", scores())
@@ -156,12 +160,19 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Page:
     return read(write_report(make_run(tmp_path_factory.mktemp("runs") / "zoo")))
 
 
+def test_the_report_shows_how_an_image_fills_in_and_takes_it_for_no_sample(tmp_path: Path) -> None:
+    run = RunFiles(make_run(tmp_path / "run"))
+    assert "images filling in at step 40" in gallery.filling(run)
+    assert gallery.previews(run, "autoregressive", wide=False) == ""
+    assert gallery.previews(run, "diffusion", wide=False) != ""
+
+
 def test_a_page_holds_all_that_it_shows(full: Page):
     assert all(link.startswith(("#", "data:image/png;base64,")) for link in full.links)
     assert set(CHAPTERS) == set(full.ids)
     assert {f"#{name}" for name in CHAPTERS} <= set(full.links)
     assert all(image["alt"] for image in full.images)
-    assert len(full.images) == 2 * 20 + 8 + 1
+    assert len(full.images) == 2 * 20 + 8 + 1 + 1
 
 
 def test_a_page_tells_every_subject(full: Page):
