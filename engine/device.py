@@ -197,8 +197,8 @@ def gathered(module: nn.Module, method: str) -> Iterator[None]:
 
 def whole(tensor: Tensor) -> Tensor:
     """A detached copy on the CPU, gathered from all processes if it is sharded (collective)."""
-    gathered = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return gathered.detach().to("cpu", copy=True)
+    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full.detach().to("cpu", copy=True)
 
 
 def fill(target: Tensor, value: Tensor) -> None:

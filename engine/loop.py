@@ -37,10 +37,12 @@ def fit(
     device: Device,
     folder: Path,
     identity: dict[str, Any],
+    defaults: dict[str, Any] | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """Train a task to `train.steps`, continuing from the newest valid checkpoint in `folder`.
 
-    `identity` is all that defines the run, as JSON-ready values; a run is not resumed under another one. Returns the
+    `identity` is all that defines the run, as JSON-ready values; a run is not resumed under another one,
+    where keys that its first start did not know yet count as their `defaults`. Returns the
     final weights by network name, averaged where the task says so, on the CPU.
 
     Raises:
@@ -49,7 +51,7 @@ def fit(
         Interrupted: SIGTERM or SIGINT came; the same command resumes.
     """
     if device.is_main:
-        resume.check_identity(folder, {**identity, "precision": device.precision})
+        resume.check_identity(folder, {**identity, "precision": device.precision}, defaults)
     device.barrier()
     trainer = _Trainer(task, batches, train=train, run=run, device=device, folder=folder)
     trainer.load()

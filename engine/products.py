@@ -25,10 +25,12 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.weight, self.bias = dense.weight, dense.bias
         self.packed = torch.ops.mkldnn._reorder_linear_weight(dense.weight.detach(), rows)
+        self.train(dense.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., O]."""
         if not torch.compiler.is_compiling():
+            x = x.to(self.packed.dtype)  # autocast narrows activations, but knows nothing of this product
             return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         if x.numel() <= FEW.get(x.dtype, 0) * x.shape[-1]:
             return row_products(x, self.weight, self.bias)
@@ -38,24 +40,26 @@ class PackedLinear(nn.Module):
 def packed(module: Module, rows: int) -> Module:
     """The same network for inference on about `rows` rows at a time, with packed linear layers where that is faster.
 
-    It shares the other parameters with `module`, which stays as it is. On a GPU, and where torch has no oneDNN, it is
-    `module` itself.
+    It shares the parameters with `module`, which stays as it is; the packed weights are a second copy of them. On a
+    GPU, where torch has no oneDNN, and where FSDP shards the weights, it is `module` itself.
     """
-    linears = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
-    if not linears or not can_pack(module.get_submodule(linears[0])):
+    linears = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+    sharded = any(hasattr(unit, "reshard") for unit in module.modules())  # FSDP forbids copies, even of whole weights
+    if not linears or sharded or not all(can_pack(layer) for layer in linears.values()):
         return module
     twin = copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
-    for name in linears:
-        twin.set_submodule(name, PackedLinear(module.get_submodule(name), rows))  # type: ignore[arg-type]
+    for name, layer in linears.items():
+        twin.set_submodule(name, PackedLinear(layer, rows))
     return twin
 
 
 def can_pack(layer: nn.Module) -> bool:
     """Whether oneDNN packs this layer's weight: a plain one on a CPU, fp32, or bf16 where the CPU multiplies that."""
     weight = layer.weight
-    known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
     narrow = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return known and type(weight) is nn.Parameter and weight.is_cpu and (weight.dtype == torch.float32 or narrow)
+    return type(weight) is nn.Parameter and weight.is_cpu and (weight.dtype == torch.float32 or narrow)
 
 
 def row_products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

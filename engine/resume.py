@@ -24,15 +24,17 @@ CHANGEABLE = {
 }
 
 
-def check_identity(folder: Path, identity: dict[str, Any]) -> None:
+def check_identity(folder: Path, identity: dict[str, Any], defaults: dict[str, Any] | None = None) -> None:
     """Compare with the folder's identity.json (written at the first start); refuse what would mix two runs.
+
+    Settings that did not exist yet when the run was begun count as having their `defaults`.
 
     Raises:
         ValueError: a setting that shapes the weights has changed; the message lists each old and new value.
     """
     path = folder / "identity.json"
     if path.exists():
-        changes = difference(json.loads(path.read_text()), identity)
+        changes = difference(completed(json.loads(path.read_text()), defaults or {}), identity)
         lines = {key: f"  {key}: {before!r} -> {after!r}" for key, (before, after) in changes.items()}
         serious = [line for key, line in lines.items() if not CHANGEABLE & set(key.split("."))]
         if serious:
@@ -45,12 +47,19 @@ def check_identity(folder: Path, identity: dict[str, Any]) -> None:
     checkpoint.write_json(path, identity)
 
 
-def is_finished(folder: Path, identity: dict[str, Any]) -> bool:
-    """Whether the folder holds an undamaged model whose card names exactly this identity."""
+def is_finished(folder: Path, identity: dict[str, Any], defaults: dict[str, Any] | None = None) -> bool:
+    """Whether the folder holds an undamaged model whose card names exactly this identity, `defaults` as above."""
     if not (folder / "model.json").is_file():
         return False
     card, _ = checkpoint.load_model(folder)
-    return card.get("identity") == json.loads(json.dumps(identity))
+    return completed(card.get("identity", {}), defaults or {}) == json.loads(json.dumps(identity))
+
+
+def completed(stored: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """`stored` with the keys that it lacks, at any depth."""
+    filled = {**defaults, **stored}
+    both = (key for key in stored.keys() & defaults.keys() if isinstance(stored[key], dict))
+    return filled | {key: completed(stored[key], defaults[key]) for key in both}
 
 
 def capture(

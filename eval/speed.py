@@ -22,6 +22,7 @@ from engine.config import DataConfig, RunConfig
 from engine.device import Device
 from engine.flops import TRAINING_FACTOR, forward_flops
 from engine.images import ImageSet
+from engine.products import packed
 from engine.shards import Shards, ShardWriter, open_shards
 from engine.sources import open_images
 from eval.bench import Bench, cut, table
@@ -128,7 +129,7 @@ def measure_autoregressive_step(
     forward += round(encode_flops(tokenizer) / TRAINING_FACTOR) if encodes else 0
     bench.step(
         "autoregressive step", config, RandomImages(tokenizer.image_size) if encodes else shards,
-        forward=forward, tokens=network.length, note="encodes its images" if encodes else "",
+        forward=forward, tokens=network.length, note="encodes its images, in fp32" if encodes else "",
         build=lambda section: AutoregressiveTask(config=section, card=card, test_shards=shards, tokenizer=tokenizer),
     )  # fmt: skip
 
@@ -148,7 +149,8 @@ def measure_decoding(bench: Bench, config: AutoregressiveConfig, card: dict[str,
     labels = label_rows(spread_labels(batch, classes), batch, classes).to(device)
 
     def draw(codes: int) -> Tensor:
-        return decode(network, labels, torch.rand(batch, codes, device=device), settings, null_label=classes)
+        uniforms = torch.rand(batch, codes, device=device)
+        return decode(packed(network, batch), labels, uniforms, settings, null_label=classes)
 
     codes = _fitting(draw, length, bench)
     times = time_calls(lambda: draw(codes), device=bench.device, seconds=bench.seconds / 2)

@@ -90,6 +90,8 @@ def random_representation(generator: Any, tokenizer: Any, encode: Encode) -> Rep
 def _features_of(generator: Any, encode: Encode) -> Callable[[Tensor, Sequence[str]], list[Tensor]]:
     def features(images: Tensor, taps: Sequence[str]) -> list[Tensor]:
         tokens = encode(images)
+        if generator.family == "autoregressive":
+            return generator.features_at(tokens, taps)
         return [generator.features(tokens, tap) for tap in taps]
 
     return features

@@ -66,18 +66,20 @@ class VIM(nn.Module):
         With an order, a permutation int64 [B, T] of 0 .. T - 1 for each sample, the logits come in that order: row t
         predicts code order[:, t] from the label and codes order[:, :t]. Without one, the order is the raster.
         """
-        return self.head(self.norm(self.hidden(codes, labels, len(self.blocks), order)))
+        for x in self.hidden(codes, labels, order):
+            last = x
+        return self.head(self.norm(last))
 
-    def hidden(self, codes: Tensor, labels: Tensor, depth: int, order: Tensor | None = None) -> Tensor:
-        """The residual stream [B, T, D] after `depth` blocks; row t has seen the label and t codes of the order."""
+    def hidden(self, codes: Tensor, labels: Tensor, order: Tensor | None = None) -> Iterator[Tensor]:
+        """The residual stream [B, T, D] after each block in turn; row t has seen the label and t codes of the order."""
         target = source = torch.arange(codes.shape[1], device=codes.device)       # [T]
         if order is not None:
             codes, target, source = codes.gather(1, order), order, source_positions(order)  # [B, T] each
         x = self._embed(codes[:, :-1], labels, target, source)                    # [B, T, D]
         turns = self._turns(source)
-        for block in self.blocks[:depth]:
+        for block in self.blocks:
             x = block(x, causal=True, turns=turns)
-        return x
+            yield x
 
     def caches(self, batch_size: int) -> list[KVCache]:
         """Empty caches, one for each block, for sequences of full length."""
@@ -205,16 +207,28 @@ class Autoregressive(nn.Module):
         """Raise ValueError if guidance is asked of a network that did not learn both a class and no class."""
         check_guidance(self.family, guidance, num_classes=self.num_classes, label_dropout=self.label_dropout)
 
-    @torch.no_grad()
     def features(self, codes: Tensor, tap: str) -> Tensor:
         """The residual stream after block n (`tap` = "block_<n>", from 1), averaged over the sequence: [B, D].
 
         The codes [B, T] are teacher-forced behind the null label, so that no class leaks (ViT-VQGAN; second-hand).
+
+        Raises:
+            ValueError: an unknown tap, or a code out of the vocabulary.
         """
-        if tap not in self.taps:
-            raise ValueError(f"tap={tap!r} must be one of {', '.join(self.taps)}")
+        [pooled] = self.features_at(codes, [tap])
+        return pooled
+
+    @torch.no_grad()
+    def features_at(self, codes: Tensor, taps: Sequence[str]) -> list[Tensor]:
+        """`features` [B, D] at each tap, from one pass as far as the deepest of them."""
+        for tap in taps:
+            if tap not in self.taps:
+                raise ValueError(f"tap={tap!r} must be one of {', '.join(self.taps)}")
         labels = codes.new_full((len(codes),), self.num_classes)
-        return self.network.hidden(self._checked(codes), labels, self.taps.index(tap) + 1).float().mean(1)
+        passed = self.taps[: max((self.taps.index(tap) + 1 for tap in taps), default=0)]
+        streams = self.network.hidden(self._checked(codes), labels)
+        pooled = {tap: x.float().mean(1) for tap, x in zip(passed, streams, strict=False) if tap in taps}
+        return [pooled[tap] for tap in taps]
 
     @torch.no_grad()
     def nll(self, codes: Tensor, labels: Tensor) -> Tensor:

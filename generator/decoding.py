@@ -14,6 +14,7 @@ from generator.config import AutoregressiveSampleConfig
 from generator.transformer import KVCache
 
 STRETCH = 64  # a compiled step looks at so many positions more at a time, so that its shapes seldom change
+KINDS = 64  # of compiled steps that one process may make: numbers of rows, precisions, networks; torch's limit is 8
 
 
 class Decoder(Protocol):
@@ -80,11 +81,12 @@ def guide(logits: Tensor, scale: float) -> Tensor:
 
 
 def guidance_at(progress: float, settings: AutoregressiveSampleConfig) -> float:
-    """The guidance scale once a share `progress` in [0, 1] of the codes stands; 1 outside the configured interval.
+    """The guidance scale once a share `progress` in [0, 1) of the codes stands; 1 outside the configured interval.
 
-    Linear as in MAR (Li et al., 2024), cosine as in MaskBit, and with its power as in RAR (Yu et al., 2024).
+    The schedules run over the whole sequence, whatever the interval: linear after MAR (Li et al., 2024), cosine as in
+    MaskBit, and with its power as in RAR (Yu et al., 2024).
     """
-    if not settings.guidance_start <= progress <= settings.guidance_stop:
+    if not settings.guidance_start <= progress < settings.guidance_stop:
         return 1.0
     warped = progress**settings.guidance_power
     rise = {"constant": 1.0, "linear": progress, "cosine": 0.5 * (1 - math.cos(math.pi * warped))}
@@ -176,10 +178,11 @@ class _Reader:
         codes = self.codes[:, max(0, first - 1) : last].repeat(copies, 1)
         labels = self.labels[rows] if first == 0 else None
         position, window = self.position[first : last + 1], last + 1
-        if first < last or self.advance_one is None:
+        if self.advance_one is None or first == 0 or first < last:
             return self.advance(codes, labels, position, self._view(rows, window, complete=first == last))
         window = min(self.length, -(-window // STRETCH) * STRETCH)
-        return self.advance_one(codes, labels, position, self._view(rows, window, complete=False))
+        with torch._dynamo.config.patch(recompile_limit=KINDS):
+            return self.advance_one(codes, labels, position, self._view(rows, window, complete=False))
 
     def _view(self, rows: slice, window: int, *, complete: bool) -> list[KVCache]:
         if self.view_key != (rows, window, complete):

@@ -49,7 +49,8 @@ def train_generator(
     test_shards = open_shards(run.folder / "codes" / "test", fingerprint=tokenizer.code_fingerprint)
     folder = run.folder / family
     identity = {"seed": run.seed, family: to_dict(config), "codes": content}
-    if is_finished(folder, identity):
+    defaults = {family: to_dict(type(config)())}
+    if is_finished(folder, identity, defaults):
         return folder
     card = generator_card(config, source, tokenizer)
     torch.manual_seed(mix(run.seed, 4))
@@ -61,6 +62,7 @@ def train_generator(
         device=device,
         folder=folder,
         identity=identity,
+        defaults=defaults,
     )
     if device.is_main:
         network = fold_order(weights["network"])  # which changes only what was trained in random orders

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.attention import attention, written_out
+from engine.attention import attention, of_one_query, written_out
 
 LENGTH = 9
 
@@ -32,6 +32,41 @@ def test_fewer_queries_than_keys() -> None:
     mask = torch.arange(LENGTH) < torch.tensor([[5]])
     expected = F.scaled_dot_product_attention(query, key, value, mask)
     torch.testing.assert_close(written_out(query, key, value, mask=mask, dropout=0.0, causal=False), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seen", [1, 5, LENGTH, None])
+def test_one_query_equals_the_fused_kernel(dtype: torch.dtype, seen: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, (key, value) = (torch.randn(*size, 8, generator=generator) for size in ((3, 4, 1), (2, 3, 4, LENGTH)))
+    mask = None if seen is None else torch.arange(LENGTH)[None] < seen                       # [1, L]
+    found = of_one_query(query.to(dtype), key.to(dtype), value.to(dtype), mask=mask)
+    # In bf16 the inputs are rounded, and the result once more; the sums are in fp32.
+    rounded = (tensor.to(dtype).float() for tensor in (query, key, value))
+    expected = F.scaled_dot_product_attention(*rounded, mask)
+    assert found.dtype == dtype and found.shape == (3, 4, 1, 8)
+    tolerance = {"atol": 1e-6, "rtol": 1e-5 if dtype == torch.float32 else 2**-8}
+    torch.testing.assert_close(found.float(), expected, **tolerance)
+
+
+def test_one_query_sees_no_key_behind_the_mask() -> None:
+    query, (key, value) = torch.randn(1, 2, 1, 8), torch.randn(2, 1, 2, LENGTH, 8)
+    mask = torch.arange(LENGTH)[None] < 5
+    before = of_one_query(query, key, value, mask=mask)
+    key[:, :, 5:], value[:, :, 5:] = 1e4, 1e4
+    assert torch.equal(of_one_query(query, key, value, mask=mask), before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_query_equals_the_fused_kernel(dtype: torch.dtype) -> None:
+    query, (key, value) = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 4, LENGTH, 8)
+    inputs, mask = [tensor.to(dtype) for tensor in (query, key, value)], torch.arange(LENGTH)[None] < 5
+    torch._dynamo.reset()
+    with torch.no_grad():
+        found = torch.compile(attention, fullgraph=True)(*inputs, mask=mask)
+        expected = F.scaled_dot_product_attention(*(tensor.float() for tensor in inputs), mask)
+    torch.testing.assert_close(found.float(), expected, atol=1e-6, rtol=1e-5 if dtype == torch.float32 else 2**-8)
 
 
 def test_bf16_on_a_cpu_is_written_out_and_float32_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from engine.checkpoint import save_model
-from engine.resume import check_identity, is_finished
+from engine.resume import check_identity, completed, is_finished
 
 
 def test_what_does_not_shape_the_weights_may_change_and_is_told(
@@ -31,3 +31,15 @@ def test_a_stage_is_finished_only_under_its_own_identity(tmp_path: Path) -> None
     save_model(tmp_path, {}, {"config": {}, "identity": identity})
     assert is_finished(tmp_path, identity)
     assert not is_finished(tmp_path, {**identity, "seed": 1})
+
+
+def test_a_setting_that_is_newer_than_the_run_counts_as_its_default(tmp_path: Path) -> None:
+    old, defaults = {"model": {"width": 8}, "codes": {"n": 3}}, {"model": {"width": 4, "block": "vim"}}
+    now = {"model": {"width": 8, "block": "vim"}, "codes": {"n": 3}}
+    save_model(tmp_path, {}, {"config": {}, "identity": old})
+    assert completed(old, defaults) == now
+    assert is_finished(tmp_path, now, defaults) and not is_finished(tmp_path, now)
+    check_identity(tmp_path, old)
+    check_identity(tmp_path, now, defaults)
+    with pytest.raises(ValueError, match=r"model\.block: 'vim' -> 'modern'"):
+        check_identity(tmp_path, {**now, "model": {"width": 8, "block": "modern"}}, defaults)

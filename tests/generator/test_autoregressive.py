@@ -219,6 +219,25 @@ def test_features_average_the_stream_after_a_block(generator: Autoregressive, co
     assert not torch.allclose(features, generator.features(codes, "block_2"))
 
 
+def test_features_at_several_taps_are_those_of_each_from_one_pass(
+    generator: Autoregressive, codes: torch.Tensor
+) -> None:
+    passes: list[int] = []
+    for number, block in enumerate(generator.network.blocks, start=1):
+        block.register_forward_hook(lambda *args, number=number: passes.append(number))
+    both = generator.features_at(codes, ["block_2", "block_1"])
+    assert passes == [1, 2]
+    assert all(not features.requires_grad for features in both)
+    for found, tap in zip(both, ("block_2", "block_1"), strict=True):
+        assert torch.equal(found, generator.features(codes, tap))
+    passes.clear()
+    generator.features_at(codes, ["block_1", "block_1"])
+    assert passes == [1]  # no further than the deepest tap
+    assert generator.features_at(codes, []) == []
+    with pytest.raises(ValueError, match="tap='block_0' must be one of block_1, block_2"):
+        generator.features_at(codes, ["block_1", "block_0"])
+
+
 def test_nll_is_the_summed_cross_entropy(generator: Autoregressive, codes: torch.Tensor) -> None:
     labels = torch.tensor([0, 1, 2, -1])
     logits = generator.network(codes, LABELS)

@@ -1,12 +1,19 @@
-"""Truncation, guidance and drawing against brute force; the decoding loop on a table of logits."""
+"""Truncation, guidance and drawing against brute force; the decoding loop on a table of logits and on a tiny VIM."""
 
+import dataclasses
+import functools
 import itertools
 import math
+import weakref
+from typing import Any
 
 import pytest
 import torch
 
-from generator.config import AutoregressiveSampleConfig
+from engine.config import to_dict
+from engine.products import packed
+from generator.autoregressive import VIM, Autoregressive
+from generator.config import AutoregressiveModelConfig, AutoregressiveSampleConfig
 from generator.decoding import (
     choose,
     decode,
@@ -16,8 +23,10 @@ from generator.decoding import (
     guide,
     keep_top_p,
     seeded_uniforms,
+    stream,
 )
 
+NEARLY_ALL = 1 - 1e-9
 PROBABILITIES = [0.05, 0.4, 0.1, 0.3, 0.15]
 
 
@@ -89,12 +98,31 @@ def test_guidance_extrapolates_from_null_to_conditional() -> None:
 ])  # fmt: skip
 def test_guidance_schedules_reach_the_scale(schedule, values: tuple[float, ...]) -> None:
     settings = AutoregressiveSampleConfig(guidance=3, guidance_schedule=schedule)
-    assert [guidance_at(progress, settings) for progress in (0, 0.5, 1)] == pytest.approx(list(values))
+    assert [guidance_at(progress, settings) for progress in (0, 0.5, NEARLY_ALL)] == pytest.approx(list(values))
 
 
 def test_cosine_guidance_starts_slower_than_linear() -> None:
     linear, cosine = (AutoregressiveSampleConfig(guidance=3, guidance_schedule=kind) for kind in ("linear", "cosine"))
     assert guidance_at(0.25, cosine) < guidance_at(0.25, linear)
+
+
+def test_a_power_above_one_lets_cosine_guidance_rise_later() -> None:
+    settings = AutoregressiveSampleConfig(guidance=5, guidance_schedule="cosine", guidance_power=2.75)
+    found = [guidance_at(progress, settings) for progress in (0, 0.5, 0.9, NEARLY_ALL)]
+    expected = [1 + 4 * 0.5 * (1 - math.cos(math.pi * progress**2.75)) for progress in (0, 0.5, 0.9, 1)]
+    assert found == pytest.approx(expected) and found[0] == 1
+    plain = dataclasses.replace(settings, guidance_power=1.0)
+    assert guidance_at(0.5, settings) < guidance_at(0.5, plain) == pytest.approx(3)
+
+
+@pytest.mark.parametrize(("schedule", "inside"), [("constant", (3, 3, 3)), ("linear", (1.5, 2, 2.5))])
+def test_guidance_is_on_from_start_to_stop(schedule, inside: tuple[float, ...]) -> None:
+    """The start belongs to the interval, the stop does not; the schedule still runs over the whole sequence."""
+    settings = AutoregressiveSampleConfig(
+        guidance=3, guidance_schedule=schedule, guidance_start=0.25, guidance_stop=0.75
+    )
+    found = [guidance_at(progress, settings) for progress in (0, 0.24, 0.25, 0.5, 0.74999999, 0.75, NEARLY_ALL)]
+    assert found == pytest.approx([1, 1, *inside, 1, 1])
 
 
 def test_uniforms_of_a_seed_do_not_depend_on_its_neighbours() -> None:
@@ -108,15 +136,17 @@ class Table:
     """Logits that depend on the last token alone: row `label` at the start, then row `code`."""
 
     def __init__(self, starts: torch.Tensor, nexts: torch.Tensor) -> None:
-        self.starts, self.nexts, self.calls = starts, nexts, []
+        self.starts, self.nexts, self.calls, self.rows = starts, nexts, [], []
 
     def caches(self, batch_size: int) -> list:
         self.batch_size = batch_size
         return []
 
     def advance(self, codes, labels, position, caches) -> torch.Tensor:
-        assert len(codes) == self.batch_size
+        assert len(codes) <= self.batch_size
+        assert codes.shape[1] + (labels is not None) == len(position)
         self.calls.append(position.tolist())
+        self.rows.append(len(codes))
         return self.starts[labels] if codes.shape[1] == 0 else self.nexts[codes[:, -1]]
 
 
@@ -150,6 +180,37 @@ def test_guidance_doubles_the_batch_and_guides_the_first_code(table: Table) -> N
     assert torch.equal(codes[:, 0], guided.argmax(-1))
 
 
+@pytest.mark.parametrize("settings", [
+    {}, {"guidance": 1.0, "guidance_schedule": "linear"}, {"guidance": 1.0, "guidance_start": 0.5},
+])  # fmt: skip
+def test_without_guidance_there_is_no_null_row(table: Table, settings: dict) -> None:
+    decode(table, torch.tensor([0, 1]), torch.rand(2, 4), AutoregressiveSampleConfig(**settings), null_label=2)
+    assert table.batch_size == 2 and table.rows == [2] * 4
+
+
+def test_a_prefix_beyond_the_guided_part_needs_no_null_row(table: Table) -> None:
+    settings = AutoregressiveSampleConfig(guidance=3, guidance_stop=0.25)
+    prefix = torch.tensor([[1, 2, 3]])
+    decode(table, torch.tensor([0]), torch.rand(1, 8), settings, null_label=2, prefix=prefix)
+    assert table.batch_size == 1 and table.rows == [1] * 5
+
+
+def test_guidance_on_an_interval_costs_nothing_outside_it(table: Table) -> None:
+    settings = AutoregressiveSampleConfig(guidance=3, guidance_start=0.25, guidance_stop=0.75)
+    decode(table, torch.tensor([0, 1]), torch.rand(2, 8), settings, null_label=2)
+    # Before code 2 (of 8) the null rows catch up; after code 5 they are left behind.
+    assert list(zip(table.rows, table.calls, strict=True)) == [
+        (2, [0]), (2, [1]), (2, [0, 1]), (4, [2]), (4, [3]), (4, [4]), (4, [5]), (2, [6]), (2, [7]),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("schedule", "power"), [("linear", 1.0), ("cosine", 1.0), ("cosine", 2.75)])
+def test_a_schedule_that_begins_at_one_spares_the_first_code(table: Table, schedule, power: float) -> None:
+    settings = AutoregressiveSampleConfig(guidance=3, guidance_schedule=schedule, guidance_power=power)
+    decode(table, torch.tensor([0, 1]), torch.rand(2, 3), settings, null_label=2)
+    assert list(zip(table.rows, table.calls, strict=True)) == [(2, [0]), (2, [0]), (4, [1]), (4, [2])]
+
+
 def test_decoded_frequencies_follow_the_softmax(table: Table) -> None:
     num = 20_000
     uniforms = torch.rand(num, 1, generator=torch.Generator().manual_seed(1))
@@ -165,3 +226,135 @@ def test_decoded_frequencies_follow_the_softmax(table: Table) -> None:
 def test_settings_out_of_range_name_their_key(key: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"autoregressive\.sample\.{key}={value}"):
         AutoregressiveSampleConfig(**{key: value})
+
+
+MODEL = AutoregressiveModelConfig(preset="tiny", depth=2, width=32, heads=4, dropout=0.0)
+VOCAB, LENGTH, CLASSES = 11, 16, 3
+GUIDANCE: dict[str, dict[str, Any]] = {
+    "constant": {},
+    "interval": {"guidance_start": 0.25, "guidance_stop": 0.75},
+    "linear": {"guidance_schedule": "linear"},
+    "cosine": {"guidance_schedule": "cosine", "guidance_power": 2.75},
+    "cosine interval": {"guidance_schedule": "cosine", "guidance_power": 2.75, "guidance_start": 0.5},
+}
+
+
+@pytest.fixture(params=["vim", "modern"])
+def network(request: pytest.FixtureRequest) -> VIM:
+    """Untrained, with large weights, so that its distributions are far from uniform."""
+    torch.manual_seed(0)
+    model = dataclasses.replace(MODEL, block=request.param)
+    network = VIM(model, vocab_size=VOCAB, length=LENGTH, num_classes=CLASSES, grid=(4, 4)).eval()
+    for parameter in network.parameters():
+        parameter.data.mul_(8 if parameter.ndim == 2 else 1)
+    return network.requires_grad_(False)
+
+
+def always_both(
+    network: VIM, labels: torch.Tensor, uniforms: torch.Tensor, settings: AutoregressiveSampleConfig, given: int = 0
+) -> torch.Tensor:
+    """Decode without caches, with both logits for every code; `given` zeros stand for a prefix."""
+    codes = torch.zeros(uniforms.shape, dtype=torch.int64)
+    for step in range(given, LENGTH):
+        so_far = codes[:, : step + 1]
+        conditional, null = (network(so_far, rows)[:, -1] for rows in (labels, torch.full_like(labels, CLASSES)))
+        logits = null + guidance_at(step / LENGTH, settings) * (conditional - null)
+        codes[:, step] = choose(logits, uniforms[:, step], settings)
+    return codes
+
+
+@pytest.mark.parametrize("given", [0, 1, 7])
+@pytest.mark.parametrize("kind", GUIDANCE)
+def test_guided_codes_equal_those_of_a_loop_that_always_computes_both(network: VIM, kind: str, given: int) -> None:
+    settings = AutoregressiveSampleConfig(guidance=3.0, top_k=8, **GUIDANCE[kind])
+    labels, uniforms = torch.tensor([0, 1, 2, 0]), seeded_uniforms(range(4), LENGTH)
+    prefix = torch.zeros(4, given, dtype=torch.int64) if given else None
+    codes = decode(network, labels, uniforms, settings, null_label=CLASSES, prefix=prefix)
+    assert torch.equal(codes, always_both(network, labels, uniforms, settings, given))
+    unguided = dataclasses.replace(settings, guidance=1.0)
+    assert not torch.equal(codes, always_both(network, labels, uniforms, unguided, given))
+
+
+@pytest.mark.parametrize("given", [0, 5])
+def test_a_stream_yields_each_code_as_it_stands(network: VIM, given: int) -> None:
+    settings = AutoregressiveSampleConfig(guidance=2.0, guidance_start=0.25)
+    request = (network, torch.tensor([0, 1]), seeded_uniforms([1, 2], LENGTH), settings)
+    prefix = torch.full((2, given), 4) if given else None
+    whole = decode(*request, null_label=CLASSES, prefix=prefix)
+    buffers = set()
+    for place, (done, codes) in enumerate(stream(*request, null_label=CLASSES, prefix=prefix), start=given + 1):
+        assert done == place
+        assert torch.equal(codes[:, :done], whole[:, :done])
+        buffers.add(codes.data_ptr())
+    assert done == LENGTH and len(buffers) == 1
+    assert torch.equal(codes, whole)
+
+
+def test_an_abandoned_stream_leaves_nothing_behind(network: VIM) -> None:
+    made: list[weakref.ref] = []
+
+    class Watched:
+        advance = network.advance
+
+        def caches(self, batch_size: int) -> list:
+            caches = network.caches(batch_size)
+            made.extend(weakref.ref(cache) for cache in caches)
+            return caches
+
+    settings = AutoregressiveSampleConfig(guidance=2.0)
+    request = (torch.tensor([0, 1]), seeded_uniforms([1, 2], LENGTH), settings)
+    before = decode(network, *request, null_label=CLASSES)
+    steps = stream(Watched(), *request, null_label=CLASSES)
+    next(steps)
+    done, codes = next(steps)
+    assert torch.is_grad_enabled()  # between two codes the caller's mode holds
+    kept = codes.clone()
+    assert len(made) == 2 and all(cache() is not None for cache in made)
+    del steps
+    assert done == 2 and torch.equal(codes, kept)
+    assert torch.is_grad_enabled() and all(cache() is None for cache in made)
+    assert torch.equal(decode(network, *request, null_label=CLASSES), before)
+
+
+def test_two_streams_at_once_do_not_meet(network: VIM) -> None:
+    settings = AutoregressiveSampleConfig(guidance=2.0, guidance_stop=0.5)
+    requests = [(torch.tensor([label]), seeded_uniforms([label], LENGTH), settings) for label in (0, 1)]
+    alone = [decode(network, *request, null_label=CLASSES) for request in requests]
+    pairs = zip(*(stream(network, *request, null_label=CLASSES) for request in requests), strict=True)
+    *_, ((_, first), (_, second)) = pairs
+    assert torch.equal(first, alone[0]) and torch.equal(second, alone[1])
+
+
+@pytest.mark.slow
+@torch._dynamo.config.patch(recompile_limit=1)  # decoding has its own, for many shapes
+def test_compiled_steps_decode_the_same_codes_whatever_the_shapes(
+    network: VIM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The traced step is run as it was traced: to turn it into machine code takes much longer.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr("generator.decoding.STRETCH", 5)  # windows of 5, 10, 15 and 16 codes
+    torch._dynamo.reset()
+    settings = AutoregressiveSampleConfig(guidance=3.0, **GUIDANCE["interval"])
+    for batch_size in (2, 5, 1):
+        request = (packed(network, batch_size), torch.arange(batch_size) % CLASSES)
+        uniforms = seeded_uniforms(range(batch_size), LENGTH)
+        compiled = decode(*request, uniforms, dataclasses.replace(settings, compile=True), null_label=CLASSES)
+        assert torch.equal(compiled, decode(*request, uniforms, settings, null_label=CLASSES))
+
+
+@pytest.mark.parametrize("kind", ["constant", "cosine interval"])
+def test_a_sample_does_not_depend_on_the_size_of_its_batch(network: VIM, kind: str) -> None:
+    block = "vim" if network.rotary is None else "modern"
+    card = {
+        "config": {"model": to_dict(dataclasses.replace(MODEL, block=block))}, "num_classes": CLASSES,
+        "class_names": ["a", "b", "c"], "grid": [4, 4], "vocab_size": VOCAB, "tokenizer_fingerprint": "t",
+    }  # fmt: skip
+    generator, labels, seeds = Autoregressive(network, card), torch.arange(16) % CLASSES, list(range(50, 66))
+
+    def sample(first: int, last: int) -> torch.Tensor:
+        return generator.sample(labels[first:last], seeds[first:last], guidance=2.0, **GUIDANCE[kind])
+
+    sixteen = sample(0, 16)
+    assert len(sixteen.unique(dim=0)) > 12
+    assert torch.equal(torch.cat([sample(first, first + 5) for first in (0, 5, 10)]), sixteen[:15])
+    assert torch.equal(torch.cat([sample(k, k + 1) for k in range(16)]), sixteen)
