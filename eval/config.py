@@ -35,9 +35,11 @@ class ClassifierConfig:
 @dataclass(frozen=True, kw_only=True)
 class RejectionConfig:
     acceptances: tuple[float, ...] = ()
-    """Also score the best share of candidates of each class, once for each share listed; 0.5 and 0.25 are usual."""
-    classifier: ClassifierConfig = field(default_factory=lambda: ClassifierConfig(seed=1))
-    """The classifier that picks them: another one than eval.classifier, so that no score is circular."""
+    """Also score the best share of candidates of each class, once for each share listed; 0.5 and 0.25 are usual.
+    All candidates stay in samples/<family>-candidates: num_samples over the smallest share of them."""
+    classifier: ClassifierConfig = field(default_factory=lambda: ClassifierConfig(widths=(40, 80, 120), seed=1))
+    """The classifier that picks them: of other widths and another seed than eval.classifier, so that no score is
+    circular. Both learn from the same images, so they err alike; fd_random is the judge that depends on neither."""
 
     def __post_init__(self) -> None:
         for acceptance in self.acceptances:

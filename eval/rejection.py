@@ -1,7 +1,9 @@
 """Rejection sampling: of many candidates of a class, keep those that a classifier takes for it most surely.
 
 As ViT-VQGAN (Yu et al., 2022; second-hand) does with a ResNet-101 and acceptance 0.5 or 0.25. It changes what a score
-means, so what is kept carries the acceptance in its name, and the classifier is never the one that judges.
+means, so what is kept carries the acceptance in its name, and the classifier is never the one that judges. But it
+learned from the same images as the judging classifier does, so the two err alike: class_accuracy and fd_classifier of
+what is kept flatter it. fd_random, whose features learned from no images, is independent of the choice.
 """
 
 from __future__ import annotations
@@ -130,7 +132,8 @@ def sample_accepted(
 
     samples.json also tells acceptance, candidates, classifier, and of each image its seed and its `probability`: what
     the classifier gives to the class that was asked. Every class is kept as often as without rejection. The candidates
-    stay in `pool`, of which a larger acceptance takes the first. Every process of a run must call it.
+    stay in `pool`, of which a larger acceptance takes the first; nothing here removes them. Every process of a run
+    must call it.
 
     Args:
         largest: draw at least so many candidates, for smaller acceptances to come.

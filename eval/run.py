@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,7 @@ from eval.taps import (
 from eval.tokenizer_scores import load_lpips, lpips_nets, score_tokenizer
 from generator.config import AutoregressiveConfig, DiffusionConfig
 from generator.sample import load_generator
+from generator.sample_folder import read_samples
 from tokenizer.config import TokenizerConfig
 from tokenizer.model import Tokenizer, load_tokenizer
 
@@ -136,6 +137,7 @@ def evaluate(
             found = _score(part, subject, extractors, folders)
             if part == "fid":
                 drop_scores(path, is_accepted)  # at acceptances that are no longer asked for
+                _remove_unasked(subject, folders)
             merge_scores(path, found)
             records += found
         print(table(records))
@@ -265,12 +267,34 @@ def _classifier(subject: Subject) -> tuple[Classifier, dict[str, Any]]:
 def _samples(subject: Subject, extractors: Sequence[Extractor]) -> list[Drawn]:
     """The families with a folder of samples that are to be scored, and again with those of the best candidates."""
     num, device, found = subject.config.num_samples, subject.device, []
-    picker = _picker(subject, extractors) if subject.config.rejection.acceptances else None
+    picked = _picked(subject)
+    picker = _picker(subject, extractors) if picked else None
     for family, config in subject.families.items():
         plain = ensure_samples(run=subject.run, config=config, family=family, num=num, device=device)
         found += [(family, plain)]
-        found += [(family, kept) for kept in _accepted(subject, family, picker, plain)] if picker else []
+        if picker and family in picked:
+            found += [(family, kept) for kept in _accepted(subject, family, picker, plain)]
     return found
+
+
+def _picked(subject: Subject) -> list[str]:
+    """The families whose samples a classifier is to pick from: those with classes, if any acceptance is asked for."""
+    if not subject.config.rejection.acceptances:
+        return []
+    picked = [family for family in subject.families if load_model(subject.run.folder / family)[0]["num_classes"]]
+    for family in subject.families:
+        if family not in picked and subject.device.is_main:
+            print(f"rejection sampling of {family} left out: it was trained without classes")
+    return picked
+
+
+def _remove_unasked(subject: Subject, folders: Sequence[Drawn]) -> None:
+    """Remove the picked samples at acceptances that are no longer asked for; the candidates stay for other ones."""
+    kept = {folder for _, folder in folders}
+    for family in subject.families:
+        for folder in (subject.run.folder / "samples").glob(f"{family}@accept*"):
+            if folder not in kept and "acceptance" in (read_samples(folder) or {}):
+                shutil.rmtree(folder)
 
 
 def _picker(subject: Subject, extractors: Sequence[Extractor]) -> Picker:
@@ -291,10 +315,6 @@ def _accepted(subject: Subject, family: str, picker: Picker, plain: Path) -> lis
     """A folder for each acceptance; candidates are drawn once, and begin with the samples that are there already."""
     num, acceptances = subject.config.num_samples, subject.config.rejection.acceptances
     folder, config = subject.run.folder / "samples", subject.families[family]
-    if max(json.loads((plain / "samples.json").read_text(encoding="utf-8"))["labels"]) < 0:
-        if subject.device.is_main:
-            print(f"rejection sampling of {family} left out: it was trained without classes")
-        return []
     return [
         sample_accepted(
             run=subject.run, config=config, family=family, device=subject.device, picker=picker, acceptance=acceptance,

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.device import has_bf16
 from engine.products import packed
 from generator.condition import check_guidance, label_rows
-from generator.config import AutoregressiveModelConfig, AutoregressiveSampleConfig
+from generator.config import AutoregressiveModelConfig, AutoregressiveSampleConfig, read_settings
 from generator.decoding import decode, seeded_uniforms, stream
 from generator.order import SOURCE, source_positions
 from generator.rotary import Rotary, Turns
@@ -150,13 +151,17 @@ class Autoregressive(nn.Module):
     ) -> Tensor:
         """Codes int64 [B, T], one row for each seed; row k depends on seed k, label k and prefix k alone.
 
+        That is so up to rounding, which seldom decides a code in fp32: with precision=bf16 the number of rows and
+        compilation decide many.
+
         Args:
             labels: int64 [B] in 0 .. num_classes - 1; -1 or None samples without a class.
             prefix: int64 [B, P], the first codes in raster order, to complete an image.
             settings: keys of AutoregressiveSampleConfig.
 
         Raises:
-            ValueError: a label, a code or a setting out of range, or guidance where there is nothing to guide by.
+            ValueError: a label, a code or a setting out of range, an unknown setting, guidance where there is nothing
+                to guide by, or precision=bf16 on hardware without it.
         """
         return decode(**self._request(labels, seeds, prefix, settings))
 
@@ -173,9 +178,10 @@ class Autoregressive(nn.Module):
         self, labels: Tensor | None, seeds: Sequence[int], prefix: Tensor | None, settings: dict[str, Any]
     ) -> dict[str, Any]:
         """The checked arguments of `decode`, on the network's device."""
-        chosen = AutoregressiveSampleConfig(**settings)
+        chosen = read_settings(AutoregressiveSampleConfig, "autoregressive.sample", settings)
         self.check_guidance(chosen.guidance)
         device = self.network.head.weight.device
+        check_precision(chosen.precision, device)
         uniforms = seeded_uniforms(seeds, self.network.length).to(device)         # [B, T]
         rows = label_rows(labels, len(uniforms), self.num_classes).to(device)     # [B]
         if prefix is not None:
@@ -271,6 +277,12 @@ def _rotary(head_dim: int, length: int, grid: Sequence[int] | None) -> Rotary:
     if grid is None:
         raise ValueError("grid=None: autoregressive.model.block=modern needs the rows and columns of the codes")
     return Rotary(head_dim, columns=grid[1], codes_per_cell=length // math.prod(grid))
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise ValueError if bf16 decoding is asked of hardware that has none, and would be slower than fp32."""
+    if precision == "bf16" and not has_bf16(device):
+        raise ValueError(f"autoregressive.sample.precision=bf16, but this {device.type} has no bf16 hardware: use fp32")
 
 
 def check_codes(codes: Tensor, vocab_size: int, length: int) -> None:

@@ -74,7 +74,11 @@ class AutoregressiveTask(Task):
 
     def preview(self) -> dict[str, Tensor]:
         """Decoded samples, sorted by class, and a strip of how the first of them were made: a row for each of them, a
-        column for each eighth of the codes."""
+        column for each eighth of the codes.
+
+        They are decoded in fp32 and without compilation, whatever the section `sample` says: bf16 samples of the
+        finished run are others.
+        """
         settings = dataclasses.asdict(self.config.sample) | {"compile": False, "precision": "fp32"}
         labels = spread_labels(PREVIEW_IMAGES, self.network.num_classes)
         tokenizer, length = self.tokenizer.to(self._device), self.network.length
@@ -88,7 +92,10 @@ class AutoregressiveTask(Task):
         return {"samples": tokenizer.decode(codes).cpu(), "partial": strip.flatten(0, 1).cpu()}
 
     def _codes(self, batch: dict[str, Tensor]) -> Tensor:
-        """Codes [B, T] of a batch; images get those that `encode_images` would give them, whatever the autocast."""
+        """Codes [B, T] of a batch, whatever the autocast; on a CPU images get those that `encode_images` gives them.
+
+        On a GPU products are TF32, and batches have other sizes, so codes beside a boundary of the codebook may differ.
+        """
         if self.config.codes == "cached":
             return batch["codes"]
         with torch.autocast(self._device.type, enabled=False):

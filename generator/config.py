@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from engine.config import TrainConfig
+
+Section = TypeVar("Section")
 
 # name: depth, width, heads. The VIM sizes are those of ViT-VQGAN (Yu et al., 2022; second-hand).
 AUTOREGRESSIVE_PRESETS: dict[str, tuple[int, int, int]] = {
@@ -77,7 +79,7 @@ class AutoregressiveSampleConfig:
     guidance: float = 1.0
     """Classifier-free guidance scale; 1 switches guidance off and halves the work."""
     guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the scale goes from 1 to guidance along the sequence; constant starts with the full scale."""
+    """How the scale rises from 1 towards guidance along the sequence; constant has the full scale throughout."""
     guidance_power: float = 1.0
     """Power of the share of codes that stand, inside the cosine schedule: above 1 guidance rises later."""
     guidance_start: float = 0.0
@@ -85,13 +87,17 @@ class AutoregressiveSampleConfig:
     guidance_stop: float = 1.0
     """Share of the sequence at which guidance ends; codes from it on are not guided and cost half."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of weights and activations while decoding; codes are drawn in fp32 either way."""
+    """Of weights and activations while decoding; codes are drawn in fp32 either way. On a GPU fp32 multiplies in TF32,
+    as in training. bf16 rounds so coarsely that batch_size and compile change many samples, so there they are part of
+    what samples.json tells; it needs hardware that multiplies bf16."""
     batch_size: int = 64
-    """Samples decoded together; changes speed and memory, never a sample's noise."""
+    """Samples decoded together; changes speed and memory, never a sample's noise. In fp32 samples stay the same up to
+    rounding; in bf16 many become others."""
     compile: bool = False
-    """Compile the one-code step with torch.compile; pays off for many samples."""
+    """Compile the one-code step with torch.compile: pays off for a few rows at a time and many steps in one process."""
 
     def __post_init__(self) -> None:
+        _check_choices("autoregressive.sample", self)
         _check_at_least("autoregressive.sample.temperature", self.temperature, 0)
         _check_at_least("autoregressive.sample.top_k", self.top_k, 0)
         _check_at_least("autoregressive.sample.guidance", self.guidance, 0)
@@ -234,6 +240,19 @@ class DiffusionConfig:
     sample: DiffusionSampleConfig = field(default_factory=DiffusionSampleConfig)
 
 
+def read_settings(kind: type[Section], key: str, settings: dict[str, Any]) -> Section:
+    """A section from the settings of a call; `key` is its place in a YAML.
+
+    Raises:
+        ValueError: an unknown setting, or a value that the section refuses.
+    """
+    known = [each.name for each in fields(kind)]  # type: ignore[arg-type]
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise ValueError(f"{key}.{unknown[0]}={settings[unknown[0]]!r} is no setting; there are {', '.join(known)}")
+    return kind(**settings)
+
+
 def _shape(config: Any, preset: tuple[int, int, int]) -> tuple[int, int, int]:
     given = (config.depth, config.width, config.heads)
     depth, width, heads = (standard if value is None else value for value, standard in zip(given, preset, strict=True))
@@ -246,6 +265,14 @@ def _check_transformer(key: str, shape: tuple[int, int, int], mlp_ratio: int) ->
     _, width, heads = shape
     if width % heads:
         raise ValueError(f"{key}.width={width} must be a multiple of {key}.heads={heads}")
+
+
+def _check_choices(key: str, config: Any) -> None:
+    """Raise ValueError unless each field of a Literal type holds one of its choices: calls from Python may not."""
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            raise ValueError(f"{key}.{name}={value!r} must be one of {', '.join(map(str, get_args(kind)))}")
 
 
 def _check_at_least(key: str, value: float, least: float) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from generator.condition import check_guidance, label_rows
-from generator.config import DenoiserModelConfig, DiffusionSampleConfig
+from generator.config import DenoiserModelConfig, DiffusionSampleConfig, read_settings
 from generator.denoiser import DiT
 from generator.objective import output_to_x0
 from generator.path import PATHS
@@ -65,7 +65,7 @@ class Diffusion(nn.Module):
         Raises:
             ValueError: a label or a setting out of range, or guidance of a network without a trained null label.
         """
-        chosen = DiffusionSampleConfig(**settings)
+        chosen = read_settings(DiffusionSampleConfig, "diffusion.sample", settings)
         self.check_guidance(chosen.guidance)
         device = self.network.positions.device
         rows = label_rows(labels, len(seeds), self.num_classes).to(device)         # [B]

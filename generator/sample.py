@@ -20,9 +20,9 @@ from generator.config import AutoregressiveConfig, DiffusionConfig
 from generator.diffusion import Diffusion
 from generator.partial import paint_partial
 from generator.sample_folder import (
-    SPEED,
     begin,
     check_replaceable,
+    deciding,
     draft_of,
     is_answered,
     png_path,
@@ -64,8 +64,9 @@ def sample_images(
     """Images uint8 [B, 3, H, W] on the CPU, one for each seed; image k depends on seed k and label k alone.
 
     Both models must be on one device. Batches always have `batch_size` rows, so that the last and the first agree to
-    the bit. `settings` are keys of the family's sample section; labels of -1, or None, mean no class. `watch(codes,
-    done)`, if given, sees the codes [n, T] of every autoregressive batch each time that one more of them stands.
+    the bit; another batch_size changes images by rounding alone, which in bf16 makes many of them others. `settings`
+    are keys of the family's sample section; labels of -1, or None, mean no class. `watch(codes, done)`, if given, sees
+    the codes [n, T] of every autoregressive batch each time that one more of them stands.
 
     Raises:
         ValueError: another tokenizer made the codes that the generator learned from, or a label or setting is wrong.
@@ -139,7 +140,8 @@ def sample(
         decoder: run whose tokenizer paints the images: one that shares encoder and codebook.
         candidates: draw at least so many instead, whose classes go round and round through those of the `num`.
         known: folders of samples; those of the same models, settings, class and seed are taken over from there.
-        partial: picture of the first process's unfinished images, rewritten about every second, gone at the end.
+        partial: picture of the first process's unfinished images, rewritten about every second, gone at the end and
+            after an exception; a process that is killed leaves it to the next such call.
 
     Raises:
         ValueError: a missing or foreign model, a wrong label or setting, `out` holds other files, or partial pictures
@@ -158,9 +160,8 @@ def sample(
         check_replaceable(folder)
         begin(draft, request, [folder, *known])
     device.barrier()
-    speed = {key: value for key, value in dataclasses.asdict(config.sample).items() if key in SPEED}
     with watching(tokenizer, partial if device.is_main else None) as watch:
-        _fill(draft, generator, tokenizer, request, device, watch=watch, **speed)
+        _fill(draft, generator, tokenizer, request, device, watch=watch, **dataclasses.asdict(config.sample))
     device.barrier()
     if device.is_main:
         publish(draft, folder, request)
@@ -193,7 +194,7 @@ def sample_request(
         "family": generator.family,
         "generator": generator.fingerprint,
         "tokenizer": tokenizer.fingerprint,
-        "settings": {key: value for key, value in dataclasses.asdict(config.sample).items() if key not in SPEED},
+        "settings": deciding(dataclasses.asdict(config.sample)),
         "class_names": list(generator.class_names),
         "labels": [labels[row % num] for row in rows],
         "seeds": [seed * SEEDS_PER_RUN + row for row in rows],
@@ -233,10 +234,10 @@ def _fill(
     *,
     batch_size: int,
     watch: Watch | None,
-    **speed: Any,
+    **settings: Any,
 ) -> None:
     """Write this process's share of the PNG files that are not there yet."""
-    labels, seeds, settings = torch.tensor(request["labels"]), request["seeds"], {**request["settings"], **speed}
+    labels, seeds = torch.tensor(request["labels"]), request["seeds"]
     parts = torch.arange(len(seeds)).split(batch_size)[device.rank :: device.world]
     total = sum(len(part) for part in parts)
     with progress(total=total, title=f"samples/{generator.family}", unit="image", enabled=device.is_main) as bar:

@@ -18,13 +18,14 @@ from engine.checkpoint import write_json
 from engine.log import save_grid
 from generator.config import AutoregressiveSampleConfig, DiffusionSampleConfig
 
-SPEED = ("batch_size", "compile")  # settings that decide no image
+SPEED = ("batch_size", "compile")  # settings that decide no image, as long as numbers are not rounded to bf16
+KINDS = {"family": str, "generator": str, "tokenizer": str, "settings": dict, "labels": list, "seeds": list}
 GRID_CLASSES, GRID_COLUMNS = 10, 8
 Told = dict[str, Any]  # samples.json
 
 
 def read_samples(folder: Path) -> Told | None:
-    """The samples.json of a folder; None if there is none or it is cut."""
+    """The samples.json of a folder; None if there is none, or it is cut or foreign."""
     return _read(folder / "samples.json")
 
 
@@ -43,9 +44,17 @@ def is_answered(told: Told | None, request: Told, *, more: bool = False) -> bool
 
 
 def full_settings(told: Told) -> dict[str, Any]:
-    """The settings of samples; one that is younger than they had its default, which changes nothing."""
+    """The settings that decide samples; one that is younger than they had its default, which changes nothing."""
     kind = AutoregressiveSampleConfig if told["family"] == "autoregressive" else DiffusionSampleConfig
-    return {**dataclasses.asdict(kind()), **told["settings"], **dict.fromkeys(SPEED)}
+    return deciding({**dataclasses.asdict(kind()), **told["settings"]})
+
+
+def deciding(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide images. In bf16 all of them do: other batches round otherwise, and so does compilation,
+    which makes many images others."""
+    if settings.get("precision") == "bf16":
+        return settings
+    return {key: value for key, value in settings.items() if key not in SPEED}
 
 
 def begin(draft: Path, request: Told, known: Sequence[Path] = ()) -> None:
@@ -66,8 +75,8 @@ def begin(draft: Path, request: Told, known: Sequence[Path] = ()) -> None:
 
 def check_replaceable(folder: Path) -> None:
     """Raise ValueError if there are files that are no samples, which `publish` must not replace."""
-    if folder.exists() and not (folder / "samples.json").exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds files but no samples.json: choose another folder, or empty it")
+    if folder.exists() and read_samples(folder) is None and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds files but no samples.json of ours: choose another folder, or empty it")
 
 
 def publish(draft: Path, folder: Path, told: Told) -> None:
@@ -121,8 +130,10 @@ def _in_common(told: Told | None, request: Told) -> list[int]:
 
 
 def _read(path: Path) -> Told | None:
-    """The JSON in a file; None if there is none or it is cut."""
+    """What a file tells of samples; None if there is none, it is cut, or it tells of something else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        told = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    ours = isinstance(told, dict) and all(isinstance(told.get(key), kind) for key, kind in KINDS.items())
+    return told if ours else None

@@ -77,7 +77,7 @@ def _label_tensor(labels: Sequence[int] | None, seeds: Sequence[int]) -> Tensor 
 
 
 def _trained_settings(generator: Any) -> dict[str, Any]:
-    """The settings of the run's own samples; compilation, which pays off for many alone, must be asked for."""
+    """The settings of the run's own samples; compilation, which takes a minute, must be asked for."""
     return {key: value for key, value in generator.card["sample"].items() if key != "compile"}
 
 

@@ -275,6 +275,14 @@ def _doctor(words: Sequence[str]) -> None:
     print(doctor())
 
 
+ACCEPTANCE = (
+    "draw num / acceptance, keep those that a classifier takes most surely; what an interrupted command has drawn waits"
+    " in .candidates-<folder> for the same command"
+)
+STREAM = (
+    "show autoregressive samples on the way, in <folder>-partial.png, which is gone at the end; a killed command leaves"
+    " it to the next one"
+)
 FAMILY = {"choices": ("autoregressive", "diffusion"), "help": "this family alone"}
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "run": _staged("run", _run),
@@ -289,8 +297,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
         label={"type": int, "help": "class to draw; without it all classes take turns"},
         seed={"type": int, "default": 0, "help": "another seed, other samples (default 0)"},
         out={"help": "folder to write to; default: in the run's folder"},
-        acceptance={"type": float, "help": "draw num / acceptance, keep those that a classifier takes most surely"},
-        stream={"action": "store_true", "help": "show autoregressive samples on the way, in <folder>-partial.png"},
+        acceptance={"type": float, "help": ACCEPTANCE},
+        stream={"action": "store_true", "help": STREAM},
         decoder={"help": "run whose tokenizer paints the images: one trained with tokenizer.encoder_from"},
     ),
     "eval": _staged("eval", _eval, only={"choices": ("fid", "reconstruction", "probe"), "help": "these scores alone"}),

@@ -21,7 +21,9 @@ from engine.sources import open_images
 from eval.protocol import Record
 from generator import sample as sampling
 from generator import train as generating
+from generator.autoregressive import check_precision
 from generator.condition import check_guidance
+from generator.config import AutoregressiveConfig
 from tokenizer import encode as encoding
 from tokenizer import train as tokenizing
 from tokenizer.perceptual import open_perceptual
@@ -63,6 +65,8 @@ def check(experiment: Experiment, device: Device) -> None:
         dropout = config.model.label_dropout
         known = 0 if dropout == 1 else classes
         check_guidance(family, config.sample.guidance, num_classes=known, label_dropout=dropout)
+        if isinstance(config, AutoregressiveConfig):
+            check_precision(config.sample.precision, device.device)
     judge.check(data=experiment.data, eval=experiment.eval, device=device)
 
 

@@ -39,6 +39,7 @@ CLASSIFIERS = {
     "classifier": "behind features and class accuracy",
     "rejection_classifier": "that picks the best candidates, and judges nothing,",
 }
+ALIKE = "Both learned from the same images, so they err alike; distances on random features depend on neither."
 Card = tuple[str, str, str, str]  # label, number, unit, aside
 
 
@@ -177,6 +178,7 @@ def _scores(run: RunFiles) -> str:
         for card, does in ((run.card(f"eval/{name}"), does) for name, does in CLASSIFIERS.items())
         if "accuracy" in card
     ]
+    told += [f'<p class="soft">{ALIKE}</p>'] if len(told) == len(CLASSIFIERS) else []
     return "".join(told) + score_tables(records)
 
 

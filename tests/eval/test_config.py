@@ -35,6 +35,7 @@ def test_rejection_has_a_classifier_of_its_own(tmp_path) -> None:
     read = load(Outer, ["--config", str(path), "--eval.rejection.acceptances=[0.5,0.25]"])
     assert read.eval.rejection.acceptances == (0.5, 0.25)
     assert (read.eval.rejection.classifier.seed, read.eval.classifier.seed) == (1, 0)
+    assert RejectionConfig().classifier.widths != ClassifierConfig().widths
     path.write_text(to_yaml(read))
     assert load(Outer, ["--config", str(path)]) == read
 

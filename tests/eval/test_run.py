@@ -134,6 +134,7 @@ def test_the_best_candidates_are_scored_under_their_own_name(run: RunConfig, cap
     assert (pool / "000079.png").stat().st_mtime_ns == stamp
     names = {entry["subject"] for entry in read_scores(run.folder / "eval" / "metrics.json")}
     assert {name for name in names if "@" in name} == {"autoregressive@accept0.4"}
+    assert [folder.name for folder in pool.parent.glob("*@*")] == ["autoregressive@accept0.4"]
 
 
 def test_models_without_classes_are_not_picked_from(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -142,6 +143,7 @@ def test_models_without_classes_are_not_picked_from(tmp_path: Path, capsys: pyte
     found = scores(make_run(tmp_path, num_classes=0), "fid", config, diffusion=None)
     assert not any("@" in subject for subject, _ in found)
     assert "rejection sampling of autoregressive left out: it was trained without classes" in capsys.readouterr().out
+    assert not (tmp_path / "digits" / "eval" / "rejection_classifier").exists()  # nothing to pick from
 
 
 def test_the_judge_may_not_pick(run: RunConfig) -> None:

@@ -135,9 +135,26 @@ def test_a_stream_refuses_at_the_call(generator: Autoregressive) -> None:
         generator.stream(torch.tensor([3]), [0])
     with pytest.raises(ValueError, match=r"temperature=-1"):
         generator.stream(None, [0], temperature=-1)
+    for draw in (generator.sample, generator.stream):
+        with pytest.raises(ValueError, match=r"sample\.precision='fp8' must be one of fp32, bf16"):
+            draw(None, [0], precision="fp8")
+        with pytest.raises(ValueError, match=r"guidance_schedule='step' must be one of constant, linear, cosine"):
+            draw(None, [0], guidance_schedule="step")
+        with pytest.raises(ValueError, match=r"autoregressive\.sample\.tempreature=2 is no setting; .* temperature, "):
+            draw(None, [0], tempreature=2)
 
 
-def test_bf16_decodes_with_a_copy_and_leaves_the_network_alone(generator: Autoregressive) -> None:
+def test_bf16_is_refused_where_hardware_has_none(generator: Autoregressive, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("generator.autoregressive.has_bf16", lambda _: False)
+    with pytest.raises(ValueError, match=r"autoregressive\.sample\.precision=bf16, but this cpu has no bf16 .* fp32"):
+        generator.stream(None, [0], precision="bf16")
+    generator.sample(None, [0], precision="fp32")
+
+
+def test_bf16_decodes_with_a_copy_and_leaves_the_network_alone(
+    generator: Autoregressive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("generator.autoregressive.has_bf16", lambda _: True)  # in software it is but slow
     labels, seeds = torch.tensor([0, 1, 2]), [5, 6, 7]
     before = generator.sample(labels, seeds, temperature=0)
     half = generator.sample(labels, seeds, temperature=0, precision="bf16")

@@ -204,6 +204,27 @@ def test_compilation_is_passed_on_and_names_no_sample(
     assert "compile" not in json.loads((folder / "samples.json").read_text())["settings"]
 
 
+def test_in_bf16_batches_and_compilation_are_part_of_the_request(
+    finished: RunConfig, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("generator.autoregressive.has_bf16", lambda _: True)
+    asked = []
+
+    def eagerly(*args, compile: bool, **kwargs) -> torch.Tensor:
+        asked.append((kwargs["batch_size"], compile))
+        return sample_images(*args, **kwargs)
+
+    monkeypatch.setattr("generator.sample.sample_images", eagerly)
+    wishes = [{}, {"compile": True}, {"compile": True}, {"compile": True, "batch_size": 3}]
+    for wish in wishes:
+        drawing = AutoregressiveSampleConfig(precision="bf16", **{"batch_size": 2, **wish})
+        config = dataclasses.replace(CONFIGS["autoregressive"], sample=drawing)
+        folder = sample(run=finished, config=config, family="autoregressive", device=device, num=2)
+        told = json.loads((folder / "samples.json").read_text())["settings"]
+        assert (told["batch_size"], told["compile"]) == (drawing.batch_size, drawing.compile)
+    assert asked == [(2, False), (2, True), (3, True)]
+
+
 def test_samples_of_before_a_setting_came_are_kept(finished: RunConfig, device: Device) -> None:
     settings = {"run": finished, "family": "autoregressive", "device": device, "num": 3}
     folder = sample(config=CONFIGS["autoregressive"], **settings)
@@ -272,6 +293,14 @@ def test_a_folder_of_other_files_is_left_alone(finished: RunConfig, device: Devi
             run=finished, config=CONFIGS["diffusion"], family="diffusion", device=device, num=1, out=tmp_path / "mine"
         )
     assert (tmp_path / "mine" / "diary.txt").exists()
+    for foreign in ("{}", "[]", "3", '{"family": "diffusion", "settings": 4}', '{"family": "autoreg'):
+        (tmp_path / "mine" / "samples.json").write_text(foreign)
+        with pytest.raises(ValueError, match=r"no samples\.json of ours: choose another folder, or empty it"):
+            sample(
+                run=finished, config=CONFIGS["diffusion"], family="diffusion", device=device, num=1,
+                out=tmp_path / "mine",
+            )  # fmt: skip
+        assert (tmp_path / "mine" / "samples.json").read_text() == foreign
 
 
 def test_load_generator_says_what_is_missing(finished: RunConfig) -> None:

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 import tokenloom
+from engine.device import setup
 from tokenloom.cli import main
+from tokenloom.experiment import load_experiment
+from tokenloom.pipeline import check
 
 SMOKE = str(Path(__file__).parents[2] / "configs" / "smoke.yaml")
 
@@ -74,6 +77,14 @@ def test_a_generator_that_encodes_its_images_needs_no_encoded_training_split(run
     told = json.loads((tmp_path / "fly" / "autoregressive" / "model.json").read_text())
     assert told["codes"] == "on_the_fly" and told["identity"]["codes"]["images"]["split"] == "train"
     assert len(list((tmp_path / "out" / "autoregressive").glob("0*.png"))) == 2
+
+
+def test_bf16_sampling_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("generator.autoregressive.has_bf16", lambda _: False)
+    words = ["--config", SMOKE, "--run.device=cpu", "--run.precision=fp32", f"--run.root={tmp_path}"]
+    experiment = load_experiment([*words, "--autoregressive.sample.precision=bf16"])
+    with pytest.raises(ValueError, match=r"autoregressive\.sample\.precision=bf16, but this cpu has no bf16"):
+        check(experiment, setup(experiment.run))
 
 
 def test_samples_from_the_command_line(run: Path, tmp_path: Path) -> None:

@@ -201,6 +201,7 @@ def test_samples_that_were_picked_are_told_as_such(full: Page):
     (card,) = re.findall(r"Class accuracy([\d.]+)", full.words)[:1]
     assert card == "95.0"  # the headline is of all samples
     assert "that picks the best candidates, and judges nothing, was trained" in full.words
+    assert "Both learned from the same images, so they err alike" in full.words
     assert "autoregressive block_2; untrained 85.0\u00a0%; raw pixels 80.0\u00a0%" in full.words
 
 
