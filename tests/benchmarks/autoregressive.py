@@ -1,12 +1,12 @@
 """Decoding and training of VIM beside transformers' GPT-2 with the same weights, shape and precision.
 
-    python tests/benchmarks/autoregressive.py decode [--batch 1 16] [--length 256 1024] [--dtype float32] [--compile]
+    python tests/benchmarks/autoregressive.py decode [--batch 1 16] [--length 256 1024] [--dtype bfloat16] [--compile]
     python tests/benchmarks/autoregressive.py length [--batch 1 16] [--compile]       cost of a code against its place
     python tests/benchmarks/autoregressive.py train [--batch 8] [--length 256] [--dropout 0.1]
 
 512 wide, 8 layers, 8 heads, 8,192 codes. Decoding is greedy, and the codes of the two are compared. The two take turns
-in one process (after a first run of ours, which compiles and warms up); memory is measured in a process of its own for
-each, as the growth of its peak resident size from the finished network on.
+in one process (after a first run of ours, which compiles and warms up). With --memory that is measured too, in a
+process of its own for each, as the growth of its peak resident size from the finished network on.
 """
 
 from __future__ import annotations
@@ -125,13 +125,13 @@ def compare_decoding(args: argparse.Namespace) -> None:
             runs = [{name: timed(run) for name, run in both.items()} for _ in range(args.repeats)]
             speed = {name: batch * length / min(run[name][0] for run in runs) for name in both}
             ours, theirs = (runs[0][name][1] for name in both)
-            grown = {name: grown_memory(name, batch, length, args) / 2**20 for name in both}
+            grown = {name: grown_memory(name, batch, length, args) / 2**20 for name in both if args.memory}
             share = f", {speed['ours'] / bound:.0%} of the bound" if batch == 1 else ""
             print(
                 f"batch {batch}, {length} codes: ours {speed['ours']:.0f} codes/s{share}, transformers "
                 f"{speed['transformers']:.0f}, ratio {speed['ours'] / speed['transformers']:.2f}; the same codes: "
-                f"{float((ours == theirs).float().mean()):.2%}; memory "
-                f"{grown['ours']:.0f} and {grown['transformers']:.0f} MiB; first run {first:.1f} s",
+                f"{float((ours == theirs).float().mean()):.2%}; first run {first:.1f} s",
+                *(f"; memory of {name} {size:.0f} MiB" for name, size in grown.items()),
                 flush=True,
             )
 
@@ -198,6 +198,7 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--memory", action="store_true", help="measure memory too, which takes as long again")
     parser.add_argument("--which", choices=("ours", "transformers"), default="ours", help="for memory")
     args = parser.parse_args()
     args.batch = args.batch or ([8] if args.task == "train" else [1, 16])
