@@ -33,26 +33,39 @@ def save_checkpoint(folder: Path, step: int, *, weights: Weights, averaged: Weig
     Raises:
         OSError: the disk is full or not writable; older checkpoints are untouched.
     """
-    final, draft = folder / f"step-{step:08d}", folder / f".draft-step-{step:08d}"
-    clear_drafts(folder)
-    try:
-        draft.mkdir(parents=True)
+    final = folder / f"step-{step:08d}"
+
+    def write(draft: Path) -> None:
         save_file(_joined(weights), draft / "model.safetensors")
         if averaged:
             save_file(_joined(averaged), draft / "averaged.safetensors")
         torch.save({"step": step, **state}, draft / "state.pt")
+
+    try:
+        write_folder(final, write, manifest="manifest.json", facts={"step": step})
+    except WRITE_ERRORS as error:
+        message = f"checkpoint of step {step} not written to {folder}: {error}. Older checkpoints are whole"
+        raise OSError(f"{message}; free some space and run the same command again") from error
+    return final
+
+
+def write_folder(final: Path, write: Callable[[Path], None], *, manifest: str, facts: dict[str, Any]) -> None:
+    """Let `write` fill a draft folder, add `facts` with each file's size and sha256 as `manifest`, put it in place."""
+    folder, draft = final.parent, final.with_name(f".draft-{final.name}")
+    clear_drafts(folder)
+    try:
+        draft.mkdir(parents=True)
+        write(draft)
         files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(draft.iterdir())}
-        (draft / "manifest.json").write_text(json.dumps({"step": step, "files": files}, indent=1))
+        (draft / manifest).write_text(json.dumps({**facts, "files": files}, indent=1))
         for path in draft.iterdir():
             _sync(path)
         shutil.rmtree(final, ignore_errors=True)
         draft.rename(final)
         _sync(folder)
-    except WRITE_ERRORS as error:
+    except WRITE_ERRORS:
         clear_drafts(folder)
-        message = f"checkpoint of step {step} not written to {folder}: {error}. Older checkpoints are whole"
-        raise OSError(f"{message}; free some space and run the same command again") from error
-    return final
+        raise
 
 
 def load_checkpoint(folder: Path) -> tuple[Weights, Weights, dict[str, Any]] | None:
@@ -86,11 +99,10 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder; None if it is whole."""
+def damage(path: Path, manifest: str = "manifest.json") -> str | None:
+    """What is wrong with a folder that `write_folder` has written; None if it is whole."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        for name, record in manifest["files"].items():
+        for name, record in json.loads((path / manifest).read_text())["files"].items():
             if (path / name).stat().st_size != record["bytes"]:
                 return f"{name} has {(path / name).stat().st_size} bytes instead of {record['bytes']}"
             if sha256(path / name) != record["sha256"]:
@@ -100,7 +112,7 @@ def damage(path: Path) -> str | None:
     except OSError as error:
         return f"cannot be read: {error}"
     except (ValueError, KeyError, TypeError, AttributeError):
-        return "manifest.json is not readable"
+        return f"{manifest} is not readable"
     return None
 
 
@@ -128,8 +140,8 @@ def clear_drafts(folder: Path) -> None:
 def save_model(folder: Path, weights: dict[str, Tensor], card: dict[str, Any]) -> str:
     """Write a finished model: `model.safetensors`, then `model.json` (the card, with hashes), each atomically.
 
-    `card["config"]` must hold all that is needed to build the network. Returns the fingerprint: 16 hex digits of a
-    sha256 over the configuration and the weights, which names this model in codes, samples and scores.
+    `card["config"]` must hold all that is needed to build the network. Returns the fingerprint, which names this model
+    in codes, samples and scores.
     """
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / ".draft-model.safetensors"
@@ -143,10 +155,14 @@ def save_model(folder: Path, weights: dict[str, Tensor], card: dict[str, Any]) -
         raise OSError(f"{message}; free some space and run the same command again") from error
     (folder / "model.json").unlink(missing_ok=True)  # a kill between the two files must not leave a false pair
     draft.rename(folder / "model.safetensors")
-    marking = json.dumps(card["config"], sort_keys=True) + digest
-    fingerprint = hashlib.sha256(marking.encode()).hexdigest()[:16]
+    fingerprint = model_fingerprint(card["config"], digest)
     write_json(folder / "model.json", {**card, "fingerprint": fingerprint, "sha256": digest})
     return fingerprint
+
+
+def model_fingerprint(config: dict[str, Any], digest: str) -> str:
+    """16 hex digits of a sha256 over a configuration and the sha256 of the weights' file."""
+    return hashlib.sha256((json.dumps(config, sort_keys=True) + digest).encode()).hexdigest()[:16]
 
 
 def load_model(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

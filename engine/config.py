@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import json
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -38,6 +39,8 @@ class RunConfig:
     """Compile the networks with torch.compile before training."""
     tensorboard: bool = False
     """Also write TensorBoard event files (extra: track)."""
+    tokenizer: str | None = None
+    """Run whose tokenizer and codes this run takes, instead of making its own."""
 
     def __post_init__(self) -> None:
         for key in ("seed", "threads"):
@@ -48,6 +51,11 @@ class RunConfig:
     def folder(self) -> Path:
         """Where everything of this run lies."""
         return Path(self.root) / self.name
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The run that holds the tokenizer and its codes: another one if `tokenizer` names it."""
+        return self.folder if self.tokenizer is None else Path(self.tokenizer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +115,11 @@ class TrainConfig:
     """Largest gradient norm per network, a discriminator apart; 0 switches clipping off."""
     ema: float = 0.999
     """Decay of the averaged weights, warmed up over the first steps; 0 switches averaging off."""
+    ema_widths: tuple[float, ...] = ()
+    """Widths (sigma_rel) of further averages, power functions of the step, from whose snapshots averages of any width
+    can be reconstructed after training; [0.05,0.1] in EDM2."""
+    snapshot_every: int = 0
+    """Steps between snapshots of the averaged weights, which are kept for good, the last step's too; 0 keeps none."""
     max_bad_steps: int = 5
     """Stop after so many steps in a row whose loss or gradient is not finite."""
     log_every: int = 50
@@ -126,7 +139,7 @@ class TrainConfig:
             if getattr(self, key) < 1:
                 raise ValueError(f"train.{key}={getattr(self, key)} must be at least 1")
         for key in ("final_learning_rate", "warmup_steps", "decay_start", "weight_decay", "clip_norm", "preview_every",
-                    "milestone_every"):  # fmt: skip
+                    "milestone_every", "snapshot_every"):  # fmt: skip
             if getattr(self, key) < 0:
                 raise ValueError(f"train.{key}={getattr(self, key)} must not be negative")
         if not self.learning_rate > 0:
@@ -134,8 +147,16 @@ class TrainConfig:
         for key, values in (("ema", (self.ema,)), ("betas", self.betas)):
             if not all(0 <= value < 1 for value in values):
                 raise ValueError(f"train.{key}={getattr(self, key)} must lie in [0, 1)")
+        self._check_widths()
         if self.decay == "exponential" and self.final_learning_rate == 0:
             raise ValueError("train.final_learning_rate=0.0 must be above 0 for train.decay=exponential")
+
+    def _check_widths(self) -> None:
+        widths = list(self.ema_widths)
+        if not all(0 < width < 0.28 for width in widths) or len({*widths}) < len(widths):
+            raise ValueError(f"train.ema_widths={widths} must lie between 0 and 0.28 and differ")
+        if widths and not self.snapshot_every:
+            raise ValueError(f"train.ema_widths={widths} are of use in snapshots alone: set train.snapshot_every")
 
 
 def load(schema: type[Schema], arguments: Sequence[str], *, program: str = "tokenloom") -> Schema:
@@ -144,20 +165,54 @@ def load(schema: type[Schema], arguments: Sequence[str], *, program: str = "toke
     Raises:
         ValueError: an unknown key (with the nearest known one), a value of the wrong type, a missing or broken file.
     """
+    known = list(dotted_keys(schema))
+    for key, origin in _given_keys(arguments, list(open_keys(schema))):
+        _check_key(key, origin, known)
+    return _filled(schema, lambda parser: parser.parse_args(list(arguments)), program)
+
+
+def changed(config: Schema, values: dict[str, Any], where: str) -> Schema:
+    """A configuration with dotted keys at other values, read as strictly as a file; `where` they stand is told.
+
+    Raises:
+        ValueError: an unknown key, or a value that does not fit.
+    """
+    tree, known = to_dict(config), list(dotted_keys(type(config)))
+    for key, value in values.items():
+        _check_key(key, where, known)
+        *sections, last = key.split(".")
+        place = tree
+        for section in sections:
+            if place.get(section) is None:
+                place[section] = {}
+            place = place[section]
+        place[last] = value
+    try:
+        return _filled(type(config), lambda parser: parser.parse_object(tree))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _filled(schema: type[Schema], parse: Callable[[Any], Any], program: str = "tokenloom") -> Schema:
+    """The schema with what `parse` makes of its parser."""
+    parser = _parser(schema, program)  # type: ignore[arg-type]
+    try:
+        filled = parser.instantiate(parse(parser))
+    except (argparse.ArgumentError, TypeError, ValueError) as error:
+        raise ValueError(_innermost(str(error))) from error
+    return schema(**{field.name: filled[field.name] for field in dataclasses.fields(schema)})  # type: ignore[arg-type]
+
+
+@functools.cache
+def _parser(schema: type, program: str) -> Any:
+    """The parser of a schema; to build one takes about as long as to use it."""
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog=program, exit_on_error=False, description=schema.__doc__)
     parser.add_argument("--config", action="config", help="YAML file; may be given several times, later ones win")
     parser.add_class_arguments(schema, None)
-    known = list(dotted_keys(schema))
-    for key, origin in _given_keys(arguments):
-        _check_key(key, origin, known)
-    try:
-        filled = parser.instantiate(parser.parse_args(list(arguments)))
-    except (argparse.ArgumentError, TypeError, ValueError) as error:
-        raise ValueError(_innermost(str(error))) from error
-    return schema(**{field.name: filled[field.name] for field in dataclasses.fields(schema)})  # type: ignore[arg-type]
+    return parser
 
 
 def dotted_keys(schema: type, prefix: str = "") -> Iterator[str]:
@@ -169,6 +224,17 @@ def dotted_keys(schema: type, prefix: str = "") -> Iterator[str]:
         section = section_type(hints[field.name])
         if section is not None:
             yield from dotted_keys(section, f"{key}.")
+
+
+def open_keys(schema: type, prefix: str = "") -> Iterator[str]:
+    """Keys whose values are mappings with names of the user's own."""
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        section = section_type(hints[field.name])
+        if section is not None:
+            yield from open_keys(section, f"{prefix}{field.name}.")
+        elif typing.get_origin(hints[field.name]) is dict:
+            yield f"{prefix}{field.name}"
 
 
 def section_type(hint: Any) -> type | None:
@@ -196,15 +262,16 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any,
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 
 
-def _given_keys(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Every dotted key that a user wrote, with where: the command line or a file."""
+def _given_keys(arguments: Sequence[str], mappings: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Every dotted key that a user wrote, with where: the command line or a file. Those inside `mappings` are free."""
     for position, argument in enumerate(arguments):
         if not argument.startswith("--"):
             continue
         key, _, value = argument[2:].partition("=")
         if key == "config":
             path = value or (arguments[position + 1] if position + 1 < len(arguments) else "")
-            yield from ((inner, path) for inner, _ in _flatten(read_yaml(path)))
+            inside = (inner for inner, _ in _flatten(read_yaml(path)))
+            yield from ((inner, path) for inner in inside if not inner.startswith(tuple(f"{key}." for key in mappings)))
         elif key not in ("help", "print_config"):
             yield key, "the command line"
 

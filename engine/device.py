@@ -140,6 +140,12 @@ def has_bf16(device: torch.device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
+def check_sampling_precision(family: str, precision: str, device: torch.device) -> None:
+    """Raise ValueError if bf16 sampling is asked of hardware that has none, and would be slower than fp32."""
+    if precision == "bf16" and not has_bf16(device):
+        raise ValueError(f"{family}.sample.precision=bf16, but this {device.type} has no bf16 hardware: use fp32")
+
+
 def choose_precision(wish: str, device: torch.device) -> str:
     """`fp32` or `bf16`.
 

@@ -22,9 +22,10 @@ from engine import checkpoint, log, resume
 from engine.batches import Batches, StepRandom, mix
 from engine.config import RunConfig, TrainConfig
 from engine.device import Device, full_state
-from engine.ema import Ema
+from engine.ema import Average, Ema, PowerEma
 from engine.optim import set_learning_rate
 from engine.signals import agreed, caught_signals, leave
+from engine.snapshots import write_snapshot
 from engine.task import Task
 
 
@@ -81,6 +82,16 @@ class _Trainer:
                 module.compile()
             task.modules[name] = device.share(module, task.optimizers[name], copy=auxiliary)
         self.averages = {name: Ema(task.modules[name], train.ema) for name in task.averaged if train.ema}
+        self.powers = {
+            f"{name}@{width}": PowerEma(task.modules[name], width)
+            for name in task.averaged
+            for width in train.ema_widths
+        }
+        if train.snapshot_every and len(task.averaged) != 1:
+            raise ValueError(
+                f"train.snapshot_every={train.snapshot_every} keeps the averaged weights of one network, but here"
+                f" {len(task.averaged)} are averaged: set it to 0"
+            )
 
     def train_on(self) -> None:
         """From the present step to the last."""
@@ -95,6 +106,8 @@ class _Trainer:
                 self._one_step(stream)
                 self._report(metrics, bar)
                 stop = agreed(caught, self.device)
+                if self._due(self.train.snapshot_every):
+                    self._keep_snapshot()  # before the checkpoint, so that a run resumes with its snapshots behind it
                 if stop or self._due(self.train.checkpoint_every):
                     self.save()
                 if stop:
@@ -142,8 +155,8 @@ class _Trainer:
         for optimizer in self.task.optimizers.values():
             set_learning_rate(optimizer, self.step, self.train)
             optimizer.step()
-        for name, average in self.averages.items():
-            average.update(self.task.modules[name])
+        for name, average in self._all_averages.items():
+            average.update(self.task.modules[resume.averaged_network(name)])
         self.bad_steps = 0
         self.task.after_step(self.step, metrics, self._rng(stream=4))
         for key, value in metrics.items():
@@ -231,6 +244,22 @@ class _Trainer:
 
     # Saving and resuming
 
+    @property
+    def _all_averages(self) -> dict[str, Average]:
+        return {**self.averages, **self.powers}
+
+    def _keep_snapshot(self) -> None:
+        """Write the averaged weights for good: the weights themselves where there is no average."""
+        (network,) = self.task.averaged
+        if self.device.is_main or self.device.parallel == "fsdp":
+            states = resume.averaged_state(self.task.modules, self._all_averages)
+            model = states[network] if network in states else full_state(self.task.modules[network])
+            widths = {average.width: states[name] for name, average in self.powers.items()}
+            if self.device.is_main:
+                folder, updates = self.folder / "snapshots", self.step - self.skipped
+                write_snapshot(folder, self.step, updates=updates, model=model, widths=widths)
+        self.device.barrier()
+
     def save(self) -> None:
         """Write a checkpoint: the first process alone, unless the weights must be gathered from all."""
         if self.device.is_main or self.device.parallel == "fsdp":
@@ -238,7 +267,7 @@ class _Trainer:
         self.device.barrier()
 
     def _save(self) -> None:
-        weights, averaged, state = resume.capture(self.task.modules, self.task.optimizers, self.averages)
+        weights, averaged, state = resume.capture(self.task.modules, self.task.optimizers, self._all_averages)
         progress = {"sums": self.sums, "counts": self.counts, "bad_steps": self.bad_steps, "skipped": self.skipped}
         state |= {"task": self.task.state_dict(), "progress": progress}
         if self.device.is_main:
@@ -256,11 +285,12 @@ class _Trainer:
         if mean_square > mean**2:
             raise RuntimeError(f"{folder}: the processes see different checkpoints; the run's folder must be shared")
         if self.device.is_main:
-            checkpoint.drop_beyond(folder, found)
+            for kept in (folder, self.folder / "snapshots"):
+                checkpoint.drop_beyond(kept, found)
         self.device.barrier()
         if saved is None:
             return
-        resume.restore(self.task.modules, self.task.optimizers, self.averages, saved)
+        resume.restore(self.task.modules, self.task.optimizers, self._all_averages, saved)
         state = saved[2]
         self.task.load_state_dict(state["task"])
         self.step = state["step"]

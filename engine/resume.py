@@ -15,12 +15,12 @@ from engine import checkpoint
 from engine.checkpoint import Weights
 from engine.config import difference
 from engine.device import fill, full_state, unwrapped, whole
-from engine.ema import Ema
+from engine.ema import Average
 
 # Settings that may change between the start of a run and its resumption: told, but not refused.
 CHANGEABLE = {
     *("steps", "accumulate", "log_every", "preview_every", "checkpoint_every", "keep_last", "milestone_every"),
-    *("max_bad_steps", "workers", "max_corrupt", "sample", "precision"),
+    *("snapshot_every", "max_bad_steps", "workers", "max_corrupt", "sample", "precision"),
 }
 
 
@@ -58,16 +58,20 @@ def is_finished(folder: Path, identity: dict[str, Any], defaults: dict[str, Any]
 def completed(stored: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """`stored` with the keys that it lacks, at any depth."""
     filled = {**defaults, **stored}
-    both = (key for key in stored.keys() & defaults.keys() if isinstance(stored[key], dict))
+    shared = stored.keys() & defaults.keys()
+    both = (key for key in shared if isinstance(stored[key], dict) and isinstance(defaults[key], dict))
     return filled | {key: completed(stored[key], defaults[key]) for key in both}
 
 
 def capture(
     modules: Mapping[str, nn.Module],
     optimizers: Mapping[str, torch.optim.Optimizer],
-    averages: Mapping[str, Ema],
+    averages: Mapping[str, Average],
 ) -> tuple[Weights, Weights, dict[str, Any]]:
-    """Weights, averaged weights and optimizer states, whole and on the CPU (collective under FSDP)."""
+    """Weights, averaged weights and optimizer states, whole and on the CPU (collective under FSDP).
+
+    An average goes by the name of its network, or by that name, `@` and what tells it from others of the network.
+    """
     weights = {name: full_state(module) for name, module in modules.items()}
     state = {
         "optimizers": {name: _mapped(optimizer.state_dict(), whole) for name, optimizer in optimizers.items()},
@@ -76,19 +80,25 @@ def capture(
     return weights, averaged_state(modules, averages), state
 
 
-def averaged_state(modules: Mapping[str, nn.Module], averages: Mapping[str, Ema]) -> Weights:
-    """The state of each averaged network with its averaged weights in place."""
+def averaged_state(modules: Mapping[str, nn.Module], averages: Mapping[str, Average]) -> Weights:
+    """For each average the state of its network with the averaged weights in place."""
     states = {}
     for name, average in averages.items():
-        with average.applied(modules[name]):
-            states[name] = full_state(modules[name])
+        module = modules[averaged_network(name)]
+        with average.applied(module):
+            states[name] = full_state(module)
     return states
+
+
+def averaged_network(name: str) -> str:
+    """The network of an average: `network` of `network@0.05`."""
+    return name.partition("@")[0]
 
 
 def restore(
     modules: Mapping[str, nn.Module],
     optimizers: Mapping[str, torch.optim.Optimizer],
-    averages: Mapping[str, Ema],
+    averages: Mapping[str, Average],
     saved: tuple[Weights, Weights, dict[str, Any]],
 ) -> None:
     """The counterpart of `capture`; every process reads the whole state and keeps its share."""
@@ -97,10 +107,10 @@ def restore(
         _load(module, weights[name])
         _load_optimizer(optimizers[name], state["optimizers"][name])
     for name, average in averages.items():
-        average.updates = state["updates"][name]
-        with average.applied(modules[name]):
-            _load(modules[name], averaged[name])
-        _load(modules[name], weights[name])  # buffers are not averaged
+        average.updates, network = state["updates"][name], averaged_network(name)
+        with average.applied(modules[network]):
+            _load(modules[network], averaged[name])
+        _load(modules[network], weights[network])  # buffers are not averaged
 
 
 def _load(module: nn.Module, state: dict[str, torch.Tensor]) -> None:

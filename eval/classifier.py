@@ -23,6 +23,7 @@ from eval.config import ClassifierConfig
 from eval.statistics import Estimate, proportion
 
 FEATURES = 64
+DEFAULTS = {"classifier": to_dict(ClassifierConfig())}  # of settings that a stored classifier is too old to name
 
 
 class Residual(nn.Module):
@@ -141,7 +142,7 @@ def train_classifier(
         return load_classifier(Path(config.path), num_classes=num_classes, device=device)
     folder = run.folder / "eval" / name
     identity = {"classifier": to_dict(config), "data": train_set.content()}
-    if not is_finished(folder, identity):
+    if not is_finished(folder, identity, DEFAULTS):
         _train(config, identity, folder, train_set=train_set, test_set=test_set, run=run, device=device)
     return load_classifier(folder, num_classes=num_classes, device=device)
 
@@ -186,8 +187,9 @@ def _train(
     task = ClassifierTask(config, num_classes)
     batches = Batches(train_set, batch_size=config.train.batch_size, seed=config.seed)
     weights = fit(
-        task, batches, train=config.train, run=_judge_run(run, config), device=device, folder=folder, identity=identity
-    )
+        task, batches, train=config.train, run=_judge_run(run, config), device=device, folder=folder,
+        identity=identity, defaults=DEFAULTS,
+    )  # fmt: skip
     if device.is_main:
         network = Classifier(config.widths, num_classes)
         network.load_state_dict(weights["classifier"])

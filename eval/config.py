@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from engine.config import TrainConfig
 
+VARIANT_NAME = re.compile(r"(?!accept|step)[A-Za-z0-9][\w.+-]*")
 REPRESENTATIONS = ("pixels", "tokenizer", "autoregressive", "autoregressive_random", "diffusion")
 
 
@@ -94,10 +96,17 @@ class EvalConfig:
     """The classifier behind the classifier features and class_accuracy."""
     rejection: RejectionConfig = field(default_factory=RejectionConfig)
     """Rejection sampling: the best of the samples are scored beside all of them, under names of their own."""
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Other ways to sample that are scored too: names, each with dotted keys such as diffusion.sample.guidance and
+    their values. What cfg2 is of diffusion has the scores and samples diffusion@cfg2."""
+    snapshots: bool = False
+    """Score the snapshots of the training too (diffusion.train.snapshot_every), as diffusion@step<k>."""
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     """The linear probe."""
 
     def __post_init__(self) -> None:
+        for name, values in self.variants.items():
+            _check_variant(name, values)
         if not self.features:
             raise ValueError("eval.features is empty; name at least one, such as random")
         if self.num_samples < 20:
@@ -119,6 +128,21 @@ class EvalConfig:
     def main_features(self) -> str:
         """The features under kid, precision and recall: Inception where it is listed, else the first listed."""
         return "inception" if "inception" in self.features else self.features[0]
+
+
+def _check_variant(name: str, values: dict[str, Any]) -> None:
+    """Raise ValueError unless a variant has a name of its own and sets keys of one family's sampling."""
+    where = f"eval.variants.{name}"
+    if not VARIANT_NAME.fullmatch(name):
+        raise ValueError(
+            f"{where}: {name!r} cannot name samples: use letters, digits, and any of . + - _, and let it begin neither"
+            " with accept nor with step, as subjects of rejection sampling and of snapshots do"
+        )
+    families = {key.split(".")[0] for key in values}
+    wrong = [key for key in values if not re.match(r"(autoregressive|diffusion)\.sample\..", key)]
+    if wrong or len(families) != 1:
+        told = f"{wrong[0]!r} is no such key" if wrong else f"it has keys of {len(families)} families"
+        raise ValueError(f"{where} takes keys such as diffusion.sample.guidance, all of one family, but {told}")
 
 
 def check_acceptance(key: str, acceptance: float) -> None:

@@ -27,21 +27,20 @@ from eval.judge import (
     sample_scores,
 )
 from eval.protocol import Record, protocol, record
-from eval.rejection import subject_name
 from eval.statistics import mean_of
-from generator.config import AutoregressiveConfig, DiffusionConfig
+from eval.variants import Sampling
 from generator.sample import sample
 from tokenizer.model import Tokenizer
 
 
-def ensure_samples(
-    *, run: RunConfig, config: AutoregressiveConfig | DiffusionConfig, family: str, num: int, device: Device
-) -> Path:
-    """The folder with at least `num` samples of this generator under these settings; samples if it is not there yet.
+def ensure_samples(*, run: RunConfig, sampling: Sampling, num: int, device: Device) -> Path:
+    """The folder with at least `num` samples drawn in this way; samples if it is not there yet.
 
     Every process of a run must call it.
     """
-    return sample(run=run, config=config, family=family, device=device, num=num, candidates=num)
+    subject, family, config = sampling
+    out = run.folder / "samples" / subject
+    return sample(run=run, config=config, family=family, device=device, num=num, candidates=num, out=out)
 
 
 def check_enough_real(train_set: ImageSet, num: int) -> None:
@@ -74,6 +73,7 @@ def score_real(
 
 
 def score_samples(
+    subject: str,
     folder: Path,
     reference: Judged,
     extractors: Sequence[Extractor],
@@ -84,13 +84,12 @@ def score_samples(
     main: str,
     weights: str,
 ) -> list[Record]:
-    """All scores of the samples in a folder; `weights` says EMA or raw.
+    """All scores of the samples in a folder under the name `subject`; `weights` says EMA or raw.
 
-    The best of more candidates are told as such: <family>@accept<share> is their subject.
+    Of the best of more candidates the protocol tells how many they were and who picked.
     """
     told = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
-    num, family = config.num_samples, told["family"]
-    subject = subject_name(family, told["acceptance"]) if "acceptance" in told else family
+    num = config.num_samples
     batches = png_batches(folder, num, size=train_set.size, batch_size=config.batch_size)
     made = judge(extractors, batches, device=device, total=num, title=f"judge/{subject}")
     labels, seeds = torch.tensor(told["labels"][:num]), told["seeds"][:num]
@@ -98,7 +97,7 @@ def score_samples(
         **data_facts(train_set),
         "subject": {
             **{key: told[key] for key in ("generator", "tokenizer", "settings")},
-            **{key: told[key] for key in ("acceptance", "candidates", "classifier") if key in told},
+            **{key: told[key] for key in ("guide", "acceptance", "candidates", "classifier") if key in told},
             "seeds": [seeds[0], seeds[-1]],
             "labels": torch.bincount(labels + 1).tolist(),
             "weights": weights,
@@ -133,8 +132,11 @@ def score_likelihood(
 
 
 def weights_kind(config: Any) -> str:
-    """Which weights a stage saved: `ema 0.999`, or `raw`."""
-    return f"ema {config.train.ema}" if config.train.ema else "raw"
+    """Which weights of a stage are scored: `ema 0.999`, `raw`, `power ema 0.08`; of a snapshot also its step."""
+    sample = getattr(config, "sample", None)
+    width, step = getattr(sample, "ema_width", None), getattr(sample, "snapshot", None)
+    kind = f"ema {config.train.ema}" if config.train.ema else "raw"
+    return (kind if width is None else f"power ema {width}") + ("" if step is None else f" at step {step}")
 
 
 def _images(images: ImageSet, indices: np.ndarray, batch_size: int) -> Iterator[Tensor]:

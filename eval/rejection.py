@@ -25,9 +25,8 @@ from eval.classifier import Classifier, train_classifier
 from eval.config import ClassifierConfig, check_acceptance
 from eval.features import Extractor, weights_hash
 from eval.judge import png_batches
-from eval.protocol import Record
 from generator.config import AutoregressiveConfig, DiffusionConfig
-from generator.sample import load_generator, sample, sample_request
+from generator.sample import open_generator, sample, sample_request
 from generator.sample_folder import (
     Told,
     begins_with,
@@ -77,11 +76,6 @@ def check_no_judge(picker: Picker, extractors: Sequence[Extractor]) -> None:
 def subject_name(family: str, acceptance: float) -> str:
     """What scores call the samples that were kept: autoregressive@accept0.5."""
     return f"{family}@accept{acceptance:g}"
-
-
-def is_accepted(entry: Record) -> bool:
-    """Whether a score is of samples that were kept."""
-    return "acceptance" in entry["protocol"].get("subject", {})
 
 
 def num_candidates(num: int, acceptance: float) -> int:
@@ -143,7 +137,7 @@ def sample_accepted(
         ValueError: as `generator.sample.sample`, or the generator has no classes, or others than the classifier.
     """
     chosen: dict[str, Any] = {"config": config, "num": num, "label": label, "seed": seed}
-    wish, image_size = _wish(run.folder, family, decoder, picker, acceptance, chosen)
+    wish, image_size = _wish(run, family, decoder, picker, acceptance, chosen)
     there = _is_there(read_samples(out), wish, num)
     device.barrier()  # before any process writes, all have looked
     if there:
@@ -167,10 +161,11 @@ def check_conditional(generator: Any) -> None:
 
 
 def _wish(
-    folder: Path, family: str, decoder: str | Path | None, picker: Picker, acceptance: float, chosen: dict[str, Any]
+    run: RunConfig, family: str, decoder: str | Path | None, picker: Picker, acceptance: float, chosen: dict[str, Any]
 ) -> tuple[Told, int]:
     """samples.json of the candidates with what decides between them, and the side of an image."""
-    generator, tokenizer = load_generator(folder, family), load_tokenizer(decoder or folder)
+    generator = open_generator(run.folder, chosen["config"])
+    tokenizer = load_tokenizer(decoder or run.tokenizer_folder)
     check_conditional(generator)
     mine, theirs = generator.num_classes, picker.network.num_classes
     if mine != theirs:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.checkpoint import load_model, write_json
 from engine.config import DataConfig, RunConfig
@@ -29,7 +29,6 @@ from eval.protocol import Record, drop_scores, drop_stale, merge_scores
 from eval.rejection import (
     Picker,
     check_no_judge,
-    is_accepted,
     num_candidates,
     open_picker,
     sample_accepted,
@@ -46,14 +45,19 @@ from eval.taps import (
     tokenizer_representation,
 )
 from eval.tokenizer_scores import load_lpips, lpips_nets, score_tokenizer
+from eval.variants import GeneratorConfig, Sampling, samplings, snapshot_samplings
 from generator.config import AutoregressiveConfig, DiffusionConfig
-from generator.sample import load_generator
+from generator.sample import open_generator
 from generator.sample_folder import read_samples
 from tokenizer.config import TokenizerConfig
 from tokenizer.model import Tokenizer, load_tokenizer
 
-GeneratorConfig = AutoregressiveConfig | DiffusionConfig
-Drawn = tuple[str, Path]  # a family, and a folder of its samples
+
+class Drawn(NamedTuple):
+    """A folder of samples, how they were drawn, and under which name."""
+
+    sampling: Sampling
+    folder: Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,17 +70,29 @@ class Subject:
     test_set: ImageSet
     tokenizer_config: TokenizerConfig
     families: dict[str, GeneratorConfig]
+    samplings: list[Sampling]
     device: Device
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The run's tokenizer on the device."""
-        return load_tokenizer(self.run.folder).to(self.device.device)
+        return load_tokenizer(self.run.tokenizer_folder).to(self.device.device)
+
+    @property
+    def tokenizer_weights(self) -> str:
+        """Which weights of the tokenizer's training are scored; another run's tells of itself."""
+        if self.run.tokenizer is None:
+            return weights_kind(self.tokenizer_config)
+        card, _ = load_model(self.run.tokenizer_folder / "tokenizer")
+        ema = card.get("identity", {}).get("tokenizer", {}).get("train", {}).get("ema")
+        return f"ema {ema}" if ema else "raw"
 
     @property
     def fingerprints(self) -> list[str]:
-        """Of all the run's models as they are now."""
-        return [load_model(self.run.folder / stage)[0]["fingerprint"] for stage in ("tokenizer", *self.families)]
+        """Of all the models of the run, and of all weights that samples are drawn from, as they are now."""
+        folders = [self.run.tokenizer_folder / "tokenizer", *(self.run.folder / family for family in self.families)]
+        drawn = [open_generator(self.run.folder, each.config).fingerprint for each in self.samplings]
+        return [load_model(folder)[0]["fingerprint"] for folder in folders] + drawn
 
     def generator(self, family: str) -> Any:
         """A generator of the run on the device.
@@ -84,7 +100,8 @@ class Subject:
         Raises:
             ValueError: it learned from another tokenizer than the run now has.
         """
-        generator, tokenizer = load_generator(self.run.folder, family), load_tokenizer(self.run.folder)
+        generator = open_generator(self.run.folder, self.families[family])
+        tokenizer = load_tokenizer(self.run.tokenizer_folder)
         if generator.tokenizer_fingerprint != tokenizer.code_fingerprint:
             raise ValueError(
                 f"{self.run.folder / family} learned from codes {generator.tokenizer_fingerprint}, but the run's "
@@ -115,13 +132,18 @@ def evaluate(
     """
     if only not in (None, "fid", "reconstruction", "probe"):
         raise ValueError(f"only={only!r} must be fid, reconstruction or probe")
+    sections = {"autoregressive": autoregressive, "diffusion": diffusion}
+    present = {family: config for family, config in sections.items() if config is not None}
+    asked, families = samplings(eval, present), _trained(run.folder, present)
+    asked = [each for each in asked if each.family in families]
     subject = Subject(
         run=run,
         config=eval,
         train_set=open_images(data, "train"),
         test_set=open_images(data, "test"),
         tokenizer_config=tokenizer,
-        families=_trained(run.folder, {"autoregressive": autoregressive, "diffusion": diffusion}),
+        families=families,
+        samplings=[*asked, *(snapshot_samplings(run.folder, families) if eval.snapshots else ())],
         device=device,
     )
     parts = [only] if only else ["reconstruction", "fid", "probe"]
@@ -136,7 +158,7 @@ def evaluate(
         for part in parts:
             found = _score(part, subject, extractors, folders)
             if part == "fid":
-                drop_scores(path, is_accepted)  # at acceptances that are no longer asked for
+                drop_scores(path, lambda entry: "@" in entry["subject"])  # some may no longer be asked for
                 _remove_unasked(subject, folders)
             merge_scores(path, found)
             records += found
@@ -187,7 +209,7 @@ def _score(part: str, subject: Subject, extractors: Sequence[Extractor], folders
             extractors,
             config=subject.config,
             device=subject.device.device,
-            weights=weights_kind(subject.tokenizer_config),
+            weights=subject.tokenizer_weights,
         )
     return _score_generators(subject, extractors, folders) if part == "fid" else _probe(subject)
 
@@ -197,11 +219,11 @@ def _score_generators(subject: Subject, extractors: Sequence[Extractor], folders
     main = extractors[config.features.index(config.main_features)].name
     reference, control = real_halves(train_set, extractors, config=config, device=device)
     records = score_real(control, reference, extractors, main=main, train_set=train_set)
-    for family, folder in folders:
-        weights = weights_kind(subject.families[family])
+    for (name, _, drawn), folder in folders:
         records += score_samples(
-            folder, reference, extractors, config=config, train_set=train_set, device=device, main=main, weights=weights
-        )
+            name, folder, reference, extractors, config=config, train_set=train_set, device=device, main=main,
+            weights=weights_kind(drawn),
+        )  # fmt: skip
     return records + [_likelihood(subject, family) for family in subject.families if family == "autoregressive"]
 
 
@@ -265,15 +287,15 @@ def _classifier(subject: Subject) -> tuple[Classifier, dict[str, Any]]:
 
 
 def _samples(subject: Subject, extractors: Sequence[Extractor]) -> list[Drawn]:
-    """The families with a folder of samples that are to be scored, and again with those of the best candidates."""
-    num, device, found = subject.config.num_samples, subject.device, []
+    """Folders of all samples that are to be scored: as they are drawn, and the best of more candidates."""
+    num, found = subject.config.num_samples, []
     picked = _picked(subject)
     picker = _picker(subject, extractors) if picked else None
-    for family, config in subject.families.items():
-        plain = ensure_samples(run=subject.run, config=config, family=family, num=num, device=device)
-        found += [(family, plain)]
-        if picker and family in picked:
-            found += [(family, kept) for kept in _accepted(subject, family, picker, plain)]
+    for sampling in subject.samplings:
+        folder = ensure_samples(run=subject.run, sampling=sampling, num=num, device=subject.device)
+        found.append(Drawn(sampling, folder))
+        if picker and sampling.subject in picked:  # the family's own, not a variant
+            found += _accepted(subject, sampling, picker, folder)
     return found
 
 
@@ -289,11 +311,11 @@ def _picked(subject: Subject) -> list[str]:
 
 
 def _remove_unasked(subject: Subject, folders: Sequence[Drawn]) -> None:
-    """Remove the picked samples at acceptances that are no longer asked for; the candidates stay for other ones."""
+    """Remove samples of variants, snapshots and acceptances that are no longer asked for; candidates stay."""
     kept = {folder for _, folder in folders}
     for family in subject.families:
-        for folder in (subject.run.folder / "samples").glob(f"{family}@accept*"):
-            if folder not in kept and "acceptance" in (read_samples(folder) or {}):
+        for folder in (subject.run.folder / "samples").glob(f"{family}@*"):
+            if folder not in kept and read_samples(folder) is not None:
                 shutil.rmtree(folder)
 
 
@@ -311,26 +333,27 @@ def _picker(subject: Subject, extractors: Sequence[Extractor]) -> Picker:
     return picker
 
 
-def _accepted(subject: Subject, family: str, picker: Picker, plain: Path) -> list[Path]:
-    """A folder for each acceptance; candidates are drawn once, and begin with the samples that are there already."""
+def _accepted(subject: Subject, plain: Sampling, picker: Picker, there: Path) -> list[Drawn]:
+    """A folder for each acceptance; candidates are drawn once, and begin with the samples that are `there` already."""
     num, acceptances = subject.config.num_samples, subject.config.rejection.acceptances
-    folder, config = subject.run.folder / "samples", subject.families[family]
-    return [
-        sample_accepted(
-            run=subject.run, config=config, family=family, device=subject.device, picker=picker, acceptance=acceptance,
-            out=folder / subject_name(family, acceptance), pool=folder / f"{family}-candidates", num=num,
-            largest=num_candidates(num, min(acceptances)), known=[plain],
-        )
-        for acceptance in acceptances
-    ]  # fmt: skip
+    folder, found = subject.run.folder / "samples", []
+    for acceptance in acceptances:
+        name = subject_name(plain.family, acceptance)
+        kept = sample_accepted(
+            run=subject.run, config=plain.config, family=plain.family, device=subject.device, picker=picker,
+            acceptance=acceptance, out=folder / name, pool=folder / f"{plain.family}-candidates", num=num,
+            largest=num_candidates(num, min(acceptances)), known=[there],
+        )  # fmt: skip
+        found.append(Drawn(plain._replace(subject=name), kept))
+    return found
 
 
-def _trained(folder: Path, sections: dict[str, GeneratorConfig | None]) -> dict[str, GeneratorConfig]:
-    """The families that the YAML has and the run has trained."""
+def _trained(folder: Path, sections: dict[str, GeneratorConfig]) -> dict[str, GeneratorConfig]:
+    """The families that the run has trained."""
     found = {}
     for family, config in sections.items():
-        if config is not None and (folder / family / "model.json").exists():
+        if (folder / family / "model.json").exists():
             found[family] = config
-        elif config is not None:
+        else:
             print(f"{family} left out: {folder / family} holds no finished generator yet")
     return found

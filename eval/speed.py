@@ -41,7 +41,7 @@ from tokenizer.adversary import passes_per_step
 from tokenizer.config import TokenizerConfig
 from tokenizer.costs import training_passes, untrained
 from tokenizer.discriminator import build_discriminator
-from tokenizer.encode import encode_flops
+from tokenizer.encode import borrowed_tokenizer, encode_flops
 from tokenizer.model import Tokenizer
 from tokenizer.perceptual import PERCEPTUAL_PASSES, open_perceptual
 from tokenizer.train import TokenizerTask
@@ -73,11 +73,14 @@ def speed(
     bench, path = Bench(run, device, seconds=seconds), run.folder / "eval" / "speed.json"
     images = open_images(data, "train")
     bench.read("image loading", images, tokenizer.train.batch_size, data.workers, limit=len(images))
-    model = Tokenizer(tokenizer.model, tokenizer.quantizer, image_size=data.size).eval().requires_grad_(False)
+    own = run.tokenizer is None
+    fresh = Tokenizer(tokenizer.model, tokenizer.quantizer, image_size=data.size) if own else None
+    model = (fresh or borrowed_tokenizer(run, data)).eval().requires_grad_(False)
     with tempfile.TemporaryDirectory() as folder:
         shards, origin = usable_shards(run, model, images.class_names, Path(folder) / "codes")
         bench.read("code loading", shards, tokenizer.train.batch_size, data.workers, note=origin)
-        measure_tokenizer(bench, tokenizer, images)
+        if own:
+            measure_tokenizer(bench, tokenizer, images)
         if autoregressive:
             measure_autoregressive_step(bench, autoregressive, shards, model)
             measure_decoding(bench, autoregressive, generator_card(autoregressive, shards, model))
@@ -256,7 +259,7 @@ def usable_shards(
     run: RunConfig, tokenizer: Tokenizer, class_names: tuple[str, ...], folder: Path
 ) -> tuple[Shards, str]:
     """The run's own codes if they have the tokenizer's sizes, else random ones written to `folder`, and which it is."""
-    own = run.folder / "codes" / "train"
+    own = run.tokenizer_folder / "codes" / "train"
     sizes = {
         "grid": list(tokenizer.grid),
         "vocab_size": tokenizer.vocab_size,

@@ -68,7 +68,10 @@ def time_steps(
 ) -> list[float]:
     """Seconds of each of some optimizer steps of the training loop itself, without logs, previews and checkpoints."""
     watched = Stopwatch(task, seconds=seconds, device=device)
-    train = replace(train, steps=FOREVER, log_every=FOREVER, checkpoint_every=FOREVER, preview_every=0)
+    train = replace(
+        train, steps=FOREVER, log_every=FOREVER, checkpoint_every=FOREVER, preview_every=0,
+        snapshot_every=FOREVER if train.snapshot_every else 0,
+    )  # fmt: skip
     batches = Batches(source, batch_size=train.batch_size, seed=run.seed)
     heard = io.StringIO()  # the loop's progress bar counts towards FOREVER
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Enough), contextlib.redirect_stderr(heard):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.device import has_bf16
+from engine.device import check_sampling_precision
 from engine.products import packed
 from generator.condition import check_guidance, label_rows
 from generator.config import AutoregressiveModelConfig, AutoregressiveSampleConfig, read_settings
@@ -181,7 +181,7 @@ class Autoregressive(nn.Module):
         chosen = read_settings(AutoregressiveSampleConfig, "autoregressive.sample", settings)
         self.check_guidance(chosen.guidance)
         device = self.network.head.weight.device
-        check_precision(chosen.precision, device)
+        check_sampling_precision(self.family, chosen.precision, device)
         uniforms = seeded_uniforms(seeds, self.network.length).to(device)         # [B, T]
         rows = label_rows(labels, len(uniforms), self.num_classes).to(device)     # [B]
         if prefix is not None:
@@ -277,12 +277,6 @@ def _rotary(head_dim: int, length: int, grid: Sequence[int] | None) -> Rotary:
     if grid is None:
         raise ValueError("grid=None: autoregressive.model.block=modern needs the rows and columns of the codes")
     return Rotary(head_dim, columns=grid[1], codes_per_cell=length // math.prod(grid))
-
-
-def check_precision(precision: str, device: torch.device) -> None:
-    """Raise ValueError if bf16 decoding is asked of hardware that has none, and would be slower than fp32."""
-    if precision == "bf16" and not has_bf16(device):
-        raise ValueError(f"autoregressive.sample.precision=bf16, but this {device.type} has no bf16 hardware: use fp32")
 
 
 def check_codes(codes: Tensor, vocab_size: int, length: int) -> None:

@@ -156,7 +156,7 @@ class DenoiserModelConfig:
     preset: Literal["tiny", "mini", "S", "B", "L", "XL"] = "tiny"
     """Depth, width and heads of the transformer; the three keys below replace single numbers of it."""
     patch_size: int = 1
-    """Side of the square of latents that makes one token."""
+    """Side of the square of latents that makes one token; DiT-S/2 is preset S with 2."""
     depth: int | None = None
     """Number of blocks."""
     width: int | None = None
@@ -167,11 +167,23 @@ class DenoiserModelConfig:
     """Hidden width of the MLP over the width."""
     label_dropout: float = 0.1
     """Share of labels replaced by the null label in training: needed for guidance; 1 trains without labels."""
+    qk_norm: bool = False
+    """Normalise queries and keys in each head (RMSNorm)."""
+    rope: bool = False
+    """Turn queries and keys by row and column (rotary positions) beside the fixed positions of the patches."""
+    swiglu: bool = False
+    """SwiGLU in place of the MLP's GELU, at about the same number of weights."""
 
     def __post_init__(self) -> None:
         _check_transformer("diffusion.model", self.shape, self.mlp_ratio)
         _check_at_least("diffusion.model.patch_size", self.patch_size, 1)
         _check_share("diffusion.model.label_dropout", self.label_dropout)
+        _, width, heads = self.shape
+        if self.rope and width // heads % 4:
+            raise ValueError(
+                f"diffusion.model.rope turns pairs of numbers by row and by column, but a head has {width // heads}"
+                " (width over heads): choose a multiple of 4, or rope=false"
+            )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -179,40 +191,109 @@ class DenoiserModelConfig:
         return _shape(self, DENOISER_PRESETS[self.preset])
 
 
+ScheduleKind = Literal["ddpm", "iddpm", "cosine", "laplace", "cauchy", "edm", "uniform_time", "logit_normal"]
+
+
 @dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
-    kind: Literal["cosine", "uniform_time", "logit_normal"] = "cosine"
-    """Which log SNRs are trained on, and how often; uniform_time is the linear flow's usual choice."""
+class MixedScheduleConfig:
+    kind: ScheduleKind = "cosine"
+    """As schedule.kind."""
     location: float | None = None
-    """Centre in log SNR, the kind's own if absent; a logit-normal mean m of the flow time is -2 m here."""
+    """As schedule.location."""
     scale: float | None = None
-    """Stretch in log SNR, the kind's own if absent; a logit-normal deviation s of the flow time is 2 s here."""
+    """As schedule.scale."""
+    share: float = 0.1
+    """Share of the draws that come from it."""
 
     def __post_init__(self) -> None:
-        if self.scale is not None and not self.scale > 0:
-            raise ValueError(f"diffusion.schedule.scale={self.scale} must be positive")
+        _check_scale("diffusion.schedule.mixed.scale", self.scale)
+        if not 0 < self.share < 1:
+            raise ValueError(f"diffusion.schedule.mixed.share={self.share} must lie between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    kind: ScheduleKind = "cosine"
+    """Which log SNRs are trained on, and how often: those of linear DDPM or of iDDPM's cosine, both of 1,000 steps, the
+    plain cosine, Laplace, Cauchy, EDM's normal, uniform (FM-OT) or logit-normal times of the linear flow."""
+    location: float | None = None
+    """Centre in log SNR, the kind's own if absent; cosine with a location is the shifted cosine. A logit-normal mean m
+    of the flow time is -2 m here; ddpm and iddpm are moved by it."""
+    scale: float | None = None
+    """Stretch in log SNR, the kind's own if absent: Laplace's b, Cauchy's gamma; 1 / s for the scaled cosine. A
+    logit-normal deviation s of the flow time is 2 s here; ddpm and iddpm are stretched by it."""
+    zero_terminal: bool = False
+    """Rescale ddpm or iddpm so that their last step has no signal at all (Lin et al., 2024)."""
+    mixed: MixedScheduleConfig | None = None
+    """A second schedule, from which a share of the draws comes."""
+
+    def __post_init__(self) -> None:
+        _check_scale("diffusion.schedule.scale", self.scale)
+        if self.zero_terminal and self.kind not in ("ddpm", "iddpm"):
+            raise ValueError(
+                "diffusion.schedule.zero_terminal rescales the last step of ddpm and iddpm, but"
+                f" kind={self.kind} has no last step: leave it out"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurriculumConfig:
+    kind: Literal["uniform", "progressive"] = "uniform"
+    """Which part of the schedule is trained now: all of it throughout, or a schedule that moves over the training."""
+    start: float = 2.0
+    """Progressive: log SNR by which the schedule is moved at the first step."""
+    end: float = -2.0
+    """Progressive: log SNR by which it is moved at the last step; linear in between. Below start noise grows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionSampleConfig:
-    solver: Literal["ddim", "euler", "heun"] = "ddim"
-    """How to integrate from noise to latents; heun is of second order and calls the network twice a step."""
+    solver: Literal["ddpm", "ddim", "euler", "heun", "dpmpp_2m", "sde_dpmpp_2m", "euler_maruyama"] = "ddim"
+    """How to go from noise to latents: ancestral DDPM; DDIM with its eta; Euler and Heun along the linear flow's ODE;
+    DPM-Solver++(2M) and its stochastic form; Euler-Maruyama along the linear flow's SDE. heun and dpmpp_2m are of
+    second order; heun alone calls the network twice a step."""
     num_steps: int = 50
-    """Steps of the solver."""
-    steps: Literal["cosine", "flow", "logsnr"] = "cosine"
-    """Where the solver stops: at equal distances in cosine time, in linear-flow time, or in log SNR."""
+    """Steps of the solver; steps=list has as many as it names."""
+    steps: Literal["cosine", "flow", "time", "logsnr", "karras", "list"] = "cosine"
+    """Where the solver stops: at equal distances in cosine time, in linear-flow time, in the training schedule's own
+    time, in log SNR, in EDM's sigma^(1 / rho), or at `levels`."""
     first_logsnr: float = -10.0
-    """Log SNR at which sampling starts from pure noise."""
+    """Log SNR at which sampling starts from pure noise; steps=list starts at its own first."""
+    from_zero_snr: bool = False
+    """Start where there is no signal at all instead of at first_logsnr, for a network that was trained there
+    (schedule.zero_terminal); steps cosine, flow, time and list have such a level."""
     last_logsnr: float = 10.0
-    """Log SNR of the last network call; only steps=logsnr has it, the others space themselves down to clean latents."""
+    """Log SNR of the last network call with steps logsnr, karras; the others space themselves down to clean latents."""
+    rho: float = 7.0
+    """Exponent of steps=karras; larger ones put more steps where there is little noise."""
+    levels: tuple[float, ...] = ()
+    """The log SNRs of steps=list, rising."""
     eta: float = 0.0
     """Share of fresh noise in each step of ddim: 0 is deterministic, 1 is ancestral sampling."""
     guidance: float = 1.0
-    """Classifier-free guidance scale; 1 switches guidance off and halves the work."""
+    """Guidance scale; 1 switches guidance off and halves the work. Classifier-free, unless `guide` names a network."""
+    guidance_first: float | None = None
+    """Log SNR from which samples are guided; steps below it are not, and cost half. Absent: from the start."""
+    guidance_last: float | None = None
+    """Log SNR up to which samples are guided; steps above it are not, and cost half. Absent: to the end."""
+    guidance_rescale: float = 0.0
+    """Share of the way back to the deviation that x0 has without guidance (Lin et al., 2024: 0.7)."""
+    guide: str | None = None
+    """Autoguidance (Karras et al., 2024): a weaker network that guides in place of the null label. A folder of a
+    diffusion model of the same tokenizer, or `step-<k>`, a snapshot of the run itself."""
+    snapshot: int | None = None
+    """Training step whose snapshot samples; absent: the trained model."""
+    ema_width: float | None = None
+    """Width (sigma_rel) of an average of the weights that is reconstructed from the snapshots after training; absent:
+    the averaged weights of the model."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the network's matrix products while sampling; the solver computes in fp32 either way. bf16 rounds so coarsely
+    that batch_size changes images a little; it needs hardware that multiplies bf16."""
     batch_size: int = 64
     """Samples denoised together; changes speed and memory, never a sample's noise."""
 
     def __post_init__(self) -> None:
+        _check_choices("diffusion.sample", self)
         _check_at_least("diffusion.sample.num_steps", self.num_steps, 1)
         if not self.first_logsnr < self.last_logsnr:
             raise ValueError(
@@ -221,23 +302,67 @@ class DiffusionSampleConfig:
         if not 0 <= self.eta <= 1:
             raise ValueError(f"diffusion.sample.eta={self.eta} must lie in [0, 1]")
         if self.eta and self.solver != "ddim":
-            raise ValueError(f"diffusion.sample.eta={self.eta} needs solver=ddim: {self.solver} adds no noise")
+            raise ValueError(f"diffusion.sample.eta={self.eta} needs solver=ddim: {self.solver} has no eta")
         _check_at_least("diffusion.sample.guidance", self.guidance, 0)
         _check_at_least("diffusion.sample.batch_size", self.batch_size, 1)
+        _check_share("diffusion.sample.guidance_rescale", self.guidance_rescale)
+        if self.guidance_first is not None and self.guidance_last is not None:
+            if not self.guidance_first < self.guidance_last:
+                raise ValueError(
+                    f"diffusion.sample.guidance_first={self.guidance_first} must lie below"
+                    f" guidance_last={self.guidance_last}"
+                )
+        if self.guide is not None and self.guidance == 1:
+            raise ValueError(f"diffusion.sample.guide={self.guide!r} changes nothing at guidance=1: set another one")
+        if self.ema_width is not None and not 0 < self.ema_width < 0.28:
+            raise ValueError(f"diffusion.sample.ema_width={self.ema_width} must lie between 0 and 0.28")
+        self._check_steps()
+
+    def _check_steps(self) -> None:
+        if (self.steps == "list") != bool(self.levels):
+            raise ValueError(
+                f"diffusion.sample.levels={list(self.levels)} with steps={self.steps}: steps=list needs levels, and no"
+                " other steps has them"
+            )
+        if any(not low < high for low, high in zip(self.levels, self.levels[1:], strict=False)):
+            raise ValueError(f"diffusion.sample.levels={list(self.levels)} must rise from noise to data")
+        if not self.rho > 0:
+            raise ValueError(f"diffusion.sample.rho={self.rho} must be positive")
+        if self.from_zero_snr and self.steps in ("logsnr", "karras"):
+            raise ValueError(f"diffusion.sample.from_zero_snr has no place in steps={self.steps}: use cosine or flow")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
     model: DenoiserModelConfig = field(default_factory=DenoiserModelConfig)
-    path: Literal["vp", "flow"] = "vp"
-    """How signal and noise mix: variance preserving, or a straight line between them."""
+    path: Literal["vp", "flow", "gvp", "ve"] = "vp"
+    """How signal and noise mix: variance preserving; a straight line between them; vp with the quarter circle as its
+    time; or variance exploding with EDM's scaled input."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    target: Literal["v", "velocity", "eps", "x0"] = "v"
-    """What the network predicts; velocity is the linear flow's usual choice."""
-    weight: Literal["plain"] = "plain"
-    """How much each noise level counts in the loss, beside how often the schedule draws it."""
+    """Which noise levels are trained on."""
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    """Which part of the schedule is trained when."""
+    target: Literal["v", "velocity", "eps", "x0", "F"] = "v"
+    """What the network predicts; velocity is the path's own derivative, F the output of EDM's preconditioning."""
+    weight: Literal["plain", "min_snr", "soft_min_snr", "p2", "edm", "learned"] = "plain"
+    """How much each noise level counts in the loss, beside how often the schedule draws it; learned fits an uncertainty
+    to each level (Karras et al., 2024)."""
+    weight_gamma: float | None = None
+    """Gamma of min_snr and soft_min_snr, 5 if absent, or of p2, 1 if absent."""
+    sigma_data: float = 1.0
+    """Standard deviation of the latents in EDM's preconditioning and weight; tokenizers normalise it to 1."""
     train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=5e-4))
     sample: DiffusionSampleConfig = field(default_factory=DiffusionSampleConfig)
+
+    def __post_init__(self) -> None:
+        if not self.sigma_data > 0:
+            raise ValueError(f"diffusion.sigma_data={self.sigma_data} must be positive")
+        if self.weight_gamma is not None and self.weight not in ("min_snr", "soft_min_snr", "p2"):
+            raise ValueError(f"diffusion.weight_gamma={self.weight_gamma} has no effect with weight={self.weight}")
+        if self.weight_gamma is not None and not self.weight_gamma > 0:
+            raise ValueError(f"diffusion.weight_gamma={self.weight_gamma} must be positive")
+        if self.target == "eps" and (self.schedule.zero_terminal or self.sample.from_zero_snr):
+            raise ValueError("diffusion.target=eps says nothing of the image where there is no signal: use target=v")
 
 
 def read_settings(kind: type[Section], key: str, settings: dict[str, Any]) -> Section:
@@ -278,6 +403,11 @@ def _check_choices(key: str, config: Any) -> None:
 def _check_at_least(key: str, value: float, least: float) -> None:
     if not value >= least:
         raise ValueError(f"{key}={value} must be at least {least}")
+
+
+def _check_scale(key: str, scale: float | None) -> None:
+    if scale is not None and not scale > 0:
+        raise ValueError(f"{key}={scale} must be positive")
 
 
 def _check_share(key: str, value: float) -> None:

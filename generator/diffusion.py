@@ -1,37 +1,52 @@
 """Latent diffusion: the generator around a trained denoiser.
 
 Training draws noise levels from a schedule; sampling asks the same network for x0 at the levels where a solver stops.
-Both speak in log SNR alone, so schedule, path, target, weight, solver and steps are chosen independently.
+Both speak in log SNR alone, so schedule, path, target, weight, solver and steps are chosen independently. Solvers and
+guidance see z = alpha x0 + sigma eps, variance preserving; the objective alone knows what the network sees and means.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from engine.device import check_sampling_precision
 from generator.condition import check_guidance, label_rows
-from generator.config import DenoiserModelConfig, DiffusionSampleConfig, read_settings
+from generator.config import (
+    DenoiserModelConfig,
+    DiffusionSampleConfig,
+    MixedScheduleConfig,
+    ScheduleConfig,
+    read_settings,
+)
 from generator.denoiser import DiT
-from generator.objective import output_to_x0
-from generator.path import PATHS
-from generator.solvers import SampleNoise, guided, solve
+from generator.guidance import guided
+from generator.objective import Objective
+from generator.path import noised
+from generator.schedule import Schedule, build_schedule
+from generator.solvers import SampleNoise, solve
 from generator.steps import solver_levels
 
 FEATURE_LOGSNR = 2.0  # a little noise: less than the latents' own deviation, enough to make the network work
 
 
 class Diffusion(nn.Module):
-    """A denoiser with all that sampling needs; `card` is what `train_generator` writes beside the weights."""
+    """A denoiser with all that sampling needs; `card` is what `train_generator` writes beside the weights.
+
+    `guide` is the weaker network of autoguidance, which whoever loads the generator attaches if the settings name one.
+    """
 
     family = "diffusion"
 
     def __init__(self, network: DiT, card: dict[str, Any]) -> None:
         super().__init__()
         self.network, self.card = network, card
-        self.path, self.target = PATHS[card["config"]["path"]], card["config"]["target"]
+        self.objective = Objective.from_config(card["config"])
+        self.guide: Diffusion | None = None
         self.label_dropout: float = card["config"]["model"]["label_dropout"]
         self.num_classes: int = card["num_classes"]
         self.class_names = tuple(card["class_names"])
@@ -46,12 +61,10 @@ class Diffusion(nn.Module):
         network.load_state_dict(weights)
         return cls(network, card).eval().requires_grad_(False)
 
-    def denoise(self, x: Tensor, logsnr: Tensor, labels: Tensor) -> Tensor:
-        """Estimate of the clean latents x0 [B, C, h, w] from x = x0 + s eps, the solvers' variable; fp32."""
-        alpha, sigma = (over_latents(value) for value in self.path(logsnr))
-        x_t = alpha * x
-        output = self.network(x_t, logsnr, labels).to(x.dtype)
-        return output_to_x0(self.target, output, x_t, alpha, sigma)
+    def denoise(self, z: Tensor, logsnr: Tensor, labels: Tensor) -> Tensor:
+        """Estimate of the clean latents x0 [B, C, h, w] from z = alpha x0 + sigma eps, the solvers' variable; fp32."""
+        output = self.network(self.objective.network_input(z, logsnr), logsnr, labels).to(z.dtype)
+        return self.objective.to_x0(output, z, logsnr)
 
     @torch.inference_mode()
     def sample(self, labels: Tensor | None, seeds: Sequence[int], **settings: Any) -> Tensor:
@@ -60,23 +73,71 @@ class Diffusion(nn.Module):
         Args:
             labels: int64 [B] in 0 .. num_classes - 1; -1 or None samples without a class.
             seeds: B integers.
-            settings: keys of DiffusionSampleConfig.
+            settings: keys of DiffusionSampleConfig. `snapshot` and `ema_width` say which weights to load, so that here
+                it is too late for them: they change nothing.
 
         Raises:
-            ValueError: a label or a setting out of range, or guidance of a network without a trained null label.
+            ValueError: a label or a setting out of range, or one that this network was not trained for or lacks the
+                guide for.
         """
         chosen = read_settings(DiffusionSampleConfig, "diffusion.sample", settings)
-        self.check_guidance(chosen.guidance)
+        self.check_settings(chosen)
+        guide = self._guide_of(chosen)
         device = self.network.positions.device
-        rows = label_rows(labels, len(seeds), self.num_classes).to(device)         # [B]
-        denoise = guided(self.denoise, rows, null=self.num_classes, weight=chosen.guidance)
-        levels = solver_levels(chosen.steps, chosen.num_steps, first=chosen.first_logsnr, last=chosen.last_logsnr)
+        denoise = guided(
+            self.denoise,
+            label_rows(labels, len(seeds), self.num_classes).to(device),  # [B]
+            null=self.num_classes,
+            scale=chosen.guidance,
+            first=chosen.guidance_first,
+            last=chosen.guidance_last,
+            rescale=chosen.guidance_rescale,
+            guide=guide.denoise if guide else None,
+        )
         noise = SampleNoise(seeds, self.network.latent_shape, device=device)
-        return solve(denoise, noise, levels, solver=chosen.solver, eta=chosen.eta)
+        check_sampling_precision(self.family, chosen.precision, device)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=chosen.precision == "bf16"):
+            return solve(denoise, noise, self.levels(chosen), solver=chosen.solver, eta=chosen.eta)
 
-    def check_guidance(self, guidance: float) -> None:
-        """Raise ValueError if guidance is asked of a network that did not learn both a class and no class."""
-        check_guidance(self.family, guidance, num_classes=self.num_classes, label_dropout=self.label_dropout)
+    def levels(self, settings: DiffusionSampleConfig) -> Tensor:
+        """The log SNRs at which these settings ask the network, rising, float64 [n]."""
+        return solver_levels(
+            settings.steps,
+            settings.num_steps,
+            first=settings.first_logsnr,
+            last=settings.last_logsnr,
+            rho=settings.rho,
+            listed=settings.levels,
+            schedule=trained_schedule(self.card) if settings.steps == "time" else None,
+            from_zero_snr=settings.from_zero_snr,
+        )
+
+    def check_settings(self, settings: DiffusionSampleConfig) -> None:
+        """Raise ValueError if this network was not trained for what the settings ask of it."""
+        if settings.guide is None:
+            check_guidance(
+                self.family, settings.guidance, num_classes=self.num_classes, label_dropout=self.label_dropout
+            )
+        if settings.from_zero_snr and not self.objective.gain(torch.tensor([-math.inf], device="cpu")).isfinite():
+            raise ValueError(
+                "diffusion.sample.from_zero_snr starts without any signal, where this generator's target says nothing"
+                " of the image: leave it out, or train with diffusion.target=v"
+            )
+
+    def _guide_of(self, settings: DiffusionSampleConfig) -> Diffusion | None:
+        """The attached guide if the settings want one; raise ValueError if it is missing or of another kind."""
+        if settings.guide is None:
+            return None
+        named = f"diffusion.sample.guide={settings.guide!r}"
+        if self.guide is None:
+            raise ValueError(f"{named} is not attached to this generator: load it with load_generator(..., guide=...)")
+        for key in ("tokenizer_fingerprint", "latent_shape", "class_names"):
+            own, other = self.card[key], self.guide.card[key]
+            if list(own) != list(other):
+                raise ValueError(
+                    f"{named} has {key}={other}, this generator {own}: choose a guide of the same tokenizer and classes"
+                )
+        return self.guide
 
     @torch.inference_mode()
     def features(self, latents: Tensor, tap: str) -> Tensor:
@@ -90,11 +151,11 @@ class Diffusion(nn.Module):
         """
         depth, level = self._parse_tap(tap)
         self.network.check_latents(latents)
-        logsnr = latents.new_full((len(latents),), level)                          # [B]
+        logsnr = latents.new_full((len(latents),), level)  # [B]
         eps = SampleNoise([0], self.network.latent_shape, device=latents.device)()
-        alpha, sigma = (over_latents(value) for value in self.path(logsnr))
+        seen = self.objective.network_input(noised(latents, eps, logsnr), logsnr)
         null = torch.full((len(latents),), self.num_classes, device=latents.device)
-        tokens = self.network.activations(alpha * latents + sigma * eps, logsnr, null, depth=depth)
+        tokens = self.network.activations(seen, logsnr, null, depth=depth)
         return tokens.float().mean(1)
 
     def _parse_tap(self, tap: str) -> tuple[int, float]:
@@ -121,6 +182,9 @@ def build_denoiser(model: DenoiserModelConfig, card: dict[str, Any]) -> DiT:
     )
 
 
-def over_latents(values: Tensor) -> Tensor:
-    """[B] -> [B, 1, 1, 1]."""
-    return values[:, None, None, None]
+def trained_schedule(card: dict[str, Any]) -> Schedule:
+    """The training schedule that a card names."""
+    told = dict(card["config"].get("schedule", {}))
+    if told.get("mixed"):
+        told["mixed"] = MixedScheduleConfig(**told["mixed"])
+    return build_schedule(ScheduleConfig(**told))

@@ -1,18 +1,31 @@
-"""Paths from data to noise, x_t = alpha x + sigma eps, each a function of lambda = log SNR = ln(alpha^2 / sigma^2).
+"""Paths from data to noise, each noise level named by lambda = log SNR = ln(alpha^2 / sigma^2).
 
-The diffusion half speaks of noise levels in lambda alone: +inf is clean data, -inf is pure noise. Times are only
-names of levels: t = 0 is data, t = 1 is noise.
++inf is clean data, -inf is pure noise. Between network and solver all latents are variance preserving,
+
+    z = alpha x0 + sigma eps,    alpha^2 + sigma^2 = 1,
+
+which is finite at both ends. A path decides only at what scale the network sees z, and what its own derivative is.
+Times are only names of levels: t = 0 is data, t = 1 is noise.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Path = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+@dataclass(frozen=True)
+class Path:
+    """What a path adds to its log SNR; both functions begin with the alpha and sigma of `variance_preserving`."""
+
+    input_scale: Callable[[Tensor, Tensor, float], Tensor]
+    """(alpha, sigma, sigma_data) -> what the network sees, over z."""
+    velocity: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    """(alpha, sigma) -> c_x, c_eps: the derivative of the path by its own time is c_x x0 + c_eps eps."""
 
 
 def variance_preserving(logsnr: Tensor) -> tuple[Tensor, Tensor]:
@@ -21,18 +34,48 @@ def variance_preserving(logsnr: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear_flow(logsnr: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha + sigma = 1: the line x_t = (1 - t) x + t eps (Lipman et al., 2023) with t = sigmoid(-lambda / 2)."""
+    """alpha + sigma = 1: the line x_t = (1 - t) x0 + t eps (Lipman et al., 2023) with t = sigmoid(-lambda / 2)."""
     return torch.sigmoid(logsnr / 2), torch.sigmoid(-logsnr / 2)
 
 
+def noised(x0: Tensor, eps: Tensor, logsnr: Tensor) -> Tensor:
+    """z = alpha x0 + sigma eps: data and noise [B, ...], log SNR [B] -> [B, ...]."""
+    alpha, sigma = (beside(value, x0) for value in variance_preserving(logsnr))
+    return alpha * x0 + sigma * eps
+
+
+def beside(values: Tensor, x: Tensor) -> Tensor:
+    """One number for each row of x [B, ...], shaped to broadcast against it: [B] -> [B, 1, ...]."""
+    return values.reshape(-1, *(1,) * (x.ndim - 1))
+
+
+# vp:   x_t = z. The time is an angle, alpha = cos, sigma = sin; its velocity is v (Salimans & Ho, 2022).
+# gvp:  the same with time t in [0, 1], angle pi t / 2 (Albergo & Vanden-Eijnden, 2023; SiT counts t the other way).
+# flow: x_t = (1 - t) x0 + t eps = z / (alpha + sigma).
+# ve:   x_t = x0 + s eps = z / alpha, with s as time; seen as c_in x_t, c_in^-2 = s^2 + sigma_data^2 (Karras et al.,
+#       2022), here multiplied out because s has no end.
 PATHS: dict[str, Path] = {
-    "vp":   variance_preserving,
-    "flow": linear_flow,
-}  # fmt: skip
+    "vp": Path(
+        input_scale=lambda alpha, sigma, sigma_data: torch.ones_like(alpha),
+        velocity=lambda alpha, sigma: (-sigma, alpha),
+    ),
+    "flow": Path(
+        input_scale=lambda alpha, sigma, sigma_data: 1 / (alpha + sigma),
+        velocity=lambda alpha, sigma: (-torch.ones_like(alpha), torch.ones_like(sigma)),
+    ),
+    "gvp": Path(
+        input_scale=lambda alpha, sigma, sigma_data: torch.ones_like(alpha),
+        velocity=lambda alpha, sigma: (-sigma * (math.pi / 2), alpha * (math.pi / 2)),
+    ),
+    "ve": Path(
+        input_scale=lambda alpha, sigma, sigma_data: (sigma.square() + (sigma_data * alpha).square()).rsqrt(),
+        velocity=lambda alpha, sigma: (torch.zeros_like(alpha), torch.ones_like(sigma)),
+    ),
+}
 
 
 def noise_to_signal(logsnr: Tensor) -> Tensor:
-    """s = sigma / alpha, the same on every path; x_t / alpha = x + s eps."""
+    """s = sigma / alpha, the same on every path; x_t / alpha = x0 + s eps."""
     return torch.exp(-logsnr / 2)
 
 

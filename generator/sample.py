@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.checkpoint import load_model
-from engine.config import RunConfig
+from engine.config import RunConfig, to_dict
 from engine.device import Device
 from engine.log import progress
 from generator.autoregressive import Autoregressive
+from generator.card import family_of
 from generator.condition import null_unknown
 from generator.config import AutoregressiveConfig, DiffusionConfig
 from generator.diffusion import Diffusion
@@ -30,25 +30,20 @@ from generator.sample_folder import (
     read_samples,
     write_png,
 )
+from generator.snapshots import load_generator, which_weights
 from generator.watch import Watch, check_streams, watching
 from tokenizer.model import Tokenizer, load_tokenizer
 
 SEEDS_PER_RUN = 1_000_000  # sample k of seed s draws from s * SEEDS_PER_RUN + k, so other seeds share no noise
 
 
-def load_generator(path: str | Path, family: str) -> Autoregressive | Diffusion:
-    """A trained generator from a run folder or a family's folder: averaged weights, eval mode, float32, on the CPU.
+def open_generator(path: str | Path, config: AutoregressiveConfig | DiffusionConfig) -> Autoregressive | Diffusion:
+    """The generator that a configuration samples from: of its family, with the snapshot, average and guide it names.
 
     Raises:
-        ValueError: there is no finished generator of this family, or its files were cut or altered.
+        ValueError: as `load_generator`.
     """
-    folder = Path(path)
-    folder = folder / family if (folder / family).is_dir() else folder
-    card, weights = load_model(folder)
-    if card.get("family") != family:
-        raise ValueError(f"{folder / 'model.json'} describes {card.get('family')!r}, not family={family!r}")
-    kind = Autoregressive if family == "autoregressive" else Diffusion
-    return kind.from_card(card, weights)
+    return load_generator(path, family_of(config), **which_weights(dataclasses.asdict(config.sample)))
 
 
 def sample_images(
@@ -147,8 +142,8 @@ def sample(
         ValueError: a missing or foreign model, a wrong label or setting, `out` holds other files, or partial pictures
             are asked of a family that has none.
     """
-    generator = load_generator(run.folder, family).to(device.device)
-    tokenizer = load_tokenizer(decoder or run.folder).to(device.device)
+    generator = open_generator(run.folder, config).to(device.device)
+    tokenizer = load_tokenizer(decoder or run.tokenizer_folder).to(device.device)
     if partial is not None:
         check_streams(generator)
     folder = Path(out) if out is not None else run.folder / "samples" / family
@@ -190,11 +185,13 @@ def sample_request(
     labels = turns if label is None else [label] * num
     null_unknown(torch.tensor(labels), generator.num_classes)
     rows = range(candidates or num)
+    guide = getattr(generator, "guide", None)
     return {
         "family": generator.family,
         "generator": generator.fingerprint,
         "tokenizer": tokenizer.fingerprint,
-        "settings": deciding(dataclasses.asdict(config.sample)),
+        **({} if guide is None else {"guide": guide.fingerprint}),
+        "settings": deciding(to_dict(config.sample)),
         "class_names": list(generator.class_names),
         "labels": [labels[row % num] for row in rows],
         "seeds": [seed * SEEDS_PER_RUN + row for row in rows],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from engine.checkpoint import write_json
+from engine.config import to_dict
 from engine.log import save_grid
 from generator.config import AutoregressiveSampleConfig, DiffusionSampleConfig
 
@@ -34,7 +34,7 @@ def begins_with(told: Told | None, request: Told) -> bool:
     if told is None or "acceptance" in told or told["family"] != request["family"]:
         return False
     rows = all(told[key][: len(request[key])] == request[key] for key in ("labels", "seeds"))
-    models = all(told[key] == request[key] for key in ("generator", "tokenizer"))
+    models = all(told.get(key) == request.get(key) for key in ("generator", "tokenizer", "guide"))
     return rows and models and full_settings(told) == full_settings(request)
 
 
@@ -46,7 +46,7 @@ def is_answered(told: Told | None, request: Told, *, more: bool = False) -> bool
 def full_settings(told: Told) -> dict[str, Any]:
     """The settings that decide samples; one that is younger than they had its default, which changes nothing."""
     kind = AutoregressiveSampleConfig if told["family"] == "autoregressive" else DiffusionSampleConfig
-    return deciding({**dataclasses.asdict(kind()), **told["settings"]})
+    return deciding({**to_dict(kind()), **told["settings"]})
 
 
 def deciding(settings: dict[str, Any]) -> dict[str, Any]:

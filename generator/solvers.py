@@ -1,24 +1,26 @@
-"""Solvers: from noise to data with any `denoise(x, logsnr) -> x0`.
+"""Solvers: from noise to data with any `denoise(z, logsnr) -> x0`.
 
-All state is x = x_t / alpha = x0 + s eps with s = sigma / alpha (EDM's variables: Karras et al., 2022), so no solver
-knows the path, and the probability-flow ODE is dx/ds = (x - x0(x)) / s. Levels come in increasing log SNR; the step
-after the last one goes to x0 itself. Arithmetic is float32, or float64 if x is.
+The state is z = alpha x0 + sigma eps in variance-preserving coordinates, whatever path the network was trained on.
+Levels come in increasing log SNR, lambda = ln(alpha^2 / sigma^2). The first may be -inf, where z is noise alone; the
+step after the last one goes to x0 itself. Coefficients are float64; the state is float32, or float64 if z is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from generator.path import noise_to_signal
+from generator.path import variance_preserving
 
-# (x [B, ...], log SNR [B]) -> x0 [B, ...]
+# (z [B, ...], log SNR [B], the same in all rows) -> x0 [B, ...]
 Denoise = Callable[[Tensor, Tensor], Tensor]
-# (x [B, ...], log SNR [B], labels [B]) -> x0 [B, ...]
-LabelDenoise = Callable[[Tensor, Tensor, Tensor], Tensor]
-# () -> fresh standard normal noise of the shape of x
+# () -> fresh standard normal noise of the shape of z
 Noise = Callable[[], Tensor]
 
 
@@ -35,52 +37,112 @@ class SampleNoise:
         return torch.stack(rows).to(self.device)
 
 
-def euler(denoise: Denoise, x: Tensor, levels: Tensor) -> Tensor:
-    """Euler steps in s."""
-    for logsnr, s, s_next in _intervals(x, levels):
-        x0 = denoise(x, logsnr)
-        x = x0 + (s_next / s) * (x - x0)
-    return x
+@dataclass(frozen=True)
+class Level:
+    """A noise level with its variance-preserving coefficients."""
+
+    logsnr: float
+    alpha: float
+    sigma: float
+
+    @property
+    def time(self) -> float:
+        """Of the linear flow: t = sigma / (alpha + sigma)."""
+        return self.sigma / (self.alpha + self.sigma)
+
+    @property
+    def scale(self) -> float:
+        """z over the linear flow's x_t = (1 - t) x0 + t eps."""
+        return self.alpha + self.sigma
 
 
-def heun(denoise: Denoise, x: Tensor, levels: Tensor) -> Tensor:
+CLEAN = Level(math.inf, 1.0, 0.0)
+
+
+def ddim(denoise: Denoise, z: Tensor, levels: Tensor, *, noise: Noise, eta: float) -> Tensor:
+    """DDIM (Song et al., 2021, equations 12 and 16): eta is the share of fresh noise, 0 is the deterministic solver.
+
+    With eta 0 it is Euler's method for the probability-flow ODE dx/ds = (x - x0) / s in x = z / alpha, s = sigma /
+    alpha (Karras et al., 2022).
+    """
+    for here, there in _intervals(levels):
+        z = _renoised(z, _ask(denoise, z, here), here, there, eta=eta, noise=noise)
+    return z
+
+
+def ddpm(denoise: Denoise, z: Tensor, levels: Tensor, *, noise: Noise) -> Tensor:
+    """Ancestral sampling: each step draws from q(z' | z, x0) (Ho et al., 2020, equation 7, the smaller variance).
+
+    The levels may lie any distance apart; the posterior between two of them is DDIM's step with eta 1.
+    """
+    return ddim(denoise, z, levels, noise=noise, eta=1.0)
+
+
+def euler(denoise: Denoise, z: Tensor, levels: Tensor) -> Tensor:
+    """Euler's steps along the linear flow, dx_t/dt = eps - x0 on x_t = (1 - t) x0 + t eps.
+
+    Exact arithmetic makes each step DDIM's with eta 0: x_t + (t' - t) (eps - x0) = (1 - t') x0 + t' eps.
+    """
+    for here, there in _intervals(levels):
+        z = _flowed(z, _velocity(denoise, z, here), here, there)
+    return z
+
+
+def heun(denoise: Denoise, z: Tensor, levels: Tensor) -> Tensor:
     """Heun's second-order steps along the linear flow, the last one Euler's (Karras et al., 2022, algorithm 1).
 
-    The flow's variables are t = s / (1 + s) and x_t = x / (1 + s), with slope eps - x0. Steps in s itself overshoot at
-    the first levels, where s falls many times over; along the flow the slope is bounded at both ends.
+    Karras et al. step in s = sigma / alpha. There the first steps overshoot, as s falls many times over in each; the
+    flow's slope eps - x0 is bounded at both ends.
     """
-    intervals = list(_intervals(x, levels))
-    for i, (logsnr, s, s_next) in enumerate(intervals):
-        x0 = denoise(x, logsnr)
-        x_euler = x0 + (s_next / s) * (x - x0)
-        if i + 1 == len(intervals):
-            return x_euler
-        x0_next = denoise(x_euler, intervals[i + 1][0])
-        slope, slope_next = (x - x0) / s - x0, (x_euler - x0_next) / s_next - x0_next
-        t, t_next = s / (1 + s), s_next / (1 + s_next)
-        x = (1 + s_next) * (x / (1 + s) + (t_next - t) * (slope + slope_next) / 2)
-    return x
+    for here, there in _intervals(levels):
+        velocity = _velocity(denoise, z, here)
+        guess = _flowed(z, velocity, here, there)
+        if there is not CLEAN:
+            velocity = (velocity + _velocity(denoise, guess, there)) / 2
+            guess = _flowed(z, velocity, here, there)
+        z = guess
+    return z
 
 
-def ddim(denoise: Denoise, x: Tensor, levels: Tensor, *, noise: Noise, eta: float) -> Tensor:
-    """DDIM (Song et al., 2021, equations 12 and 16) over alpha: eta 0 is Euler, eta 1 is ancestral sampling."""
-    for logsnr, s, s_next in _intervals(x, levels):
-        x0 = denoise(x, logsnr)
-        fresh = eta * s_next * (1 - (s_next / s).square()).sqrt()
-        x = x0 + (s_next.square() - fresh.square()).sqrt() / s * (x - x0)
-        if eta > 0:
-            x = x + fresh * noise().to(x)
-    return x
+def dpmpp_2m(denoise: Denoise, z: Tensor, levels: Tensor) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al., 2022, algorithm 2): second order with one network call a step."""
+    return _multistep(denoise, z, levels, noise=None)
+
+
+def sde_dpmpp_2m(denoise: Denoise, z: Tensor, levels: Tensor, *, noise: Noise) -> Tensor:
+    """SDE-DPM-Solver++(2M) (Lu et al., 2022): the multistep solver of the reverse SDE."""
+    return _multistep(denoise, z, levels, noise=noise)
+
+
+def euler_maruyama(denoise: Denoise, z: Tensor, levels: Tensor, *, noise: Noise) -> Tensor:
+    """Euler-Maruyama along the linear flow's reverse SDE (Ma et al., 2024, SiT) with diffusion w(t) = 2 t.
+
+    Backwards in t, dx = (v - w/2 score) dt + sqrt(w) dW with v = eps - x0 and score = -eps / t, so that the drift is
+    2 eps - x0, bounded at both ends. SiT calls this w "sigma" (its code counts w / 2). As with all solvers here the
+    last step goes to x0; that is SiT's last step "Euler". Steps must be short in t: their error is of first order.
+    """
+    for here, there in _intervals(levels):
+        x0 = _ask(denoise, z, here)
+        if there is CLEAN:
+            return x0
+        gap = here.time - there.time
+        x_t = z / here.scale - gap * (2 * _eps(z, x0, here) - x0)
+        z = there.scale * (x_t + math.sqrt(2 * here.time * gap) * noise().to(z))
+    return z
 
 
 ODE_SOLVERS: dict[str, Callable[[Denoise, Tensor, Tensor], Tensor]] = {
-    "euler": euler,
-    "heun":  heun,
+    "euler":    euler,
+    "heun":     heun,
+    "dpmpp_2m": dpmpp_2m,
 }  # fmt: skip
 
 SDE_SOLVERS: dict[str, Callable[..., Tensor]] = {
-    "ddim": ddim,
-}
+    "ddpm":           ddpm,
+    "ddim":           ddim,
+    "sde_dpmpp_2m":   sde_dpmpp_2m,
+    "euler_maruyama": euler_maruyama,
+}  # fmt: skip
 
 
 def solve(
@@ -89,46 +151,82 @@ def solve(
     """Clean latents [B, ...] in `dtype` from noise.
 
     Args:
-        denoise: estimate of x0 from x = x0 + s eps.
-        noise: its first draw is where the solver starts; a stochastic solver draws more.
+        denoise: estimate of x0 from z = alpha x0 + sigma eps.
+        noise: its first draw is the z at which a solver starts (data have unit variance); a stochastic one draws more.
         levels: [n] increasing log SNRs, as `solver_levels` gives them.
         solver: a row of ODE_SOLVERS or SDE_SOLVERS.
-        eta: share of fresh noise in a stochastic solver, in [0, 1].
+        eta: share of fresh noise in ddim, in [0, 1].
 
     Raises:
-        ValueError: an unknown solver, or eta with a solver that adds no noise.
+        ValueError: an unknown solver, or eta with another solver than ddim.
     """
     if solver not in {**ODE_SOLVERS, **SDE_SOLVERS}:
         known = ", ".join([*ODE_SOLVERS, *SDE_SOLVERS])
         raise ValueError(f"diffusion.sample.solver={solver!r} is unknown; choose one of {known}")
-    if eta and solver in ODE_SOLVERS:
-        raise ValueError(f"diffusion.sample.eta={eta} needs solver=ddim: {solver} adds no noise")
-    x = noise().to(dtype)
-    x = x * noise_to_signal(levels[0]).to(x)
+    if eta and solver != "ddim":
+        raise ValueError(f"diffusion.sample.eta={eta} needs solver=ddim: {solver} has no eta")
+    z = noise().to(dtype)
     if solver in ODE_SOLVERS:
-        return ODE_SOLVERS[solver](denoise, x, levels)
-    return SDE_SOLVERS[solver](denoise, x, levels, noise=noise, eta=eta)
+        return ODE_SOLVERS[solver](denoise, z, levels)
+    step = functools.partial(ddim, eta=eta) if solver == "ddim" else SDE_SOLVERS[solver]
+    return step(denoise, z, levels, noise=noise)
 
 
-def guided(denoise: LabelDenoise, labels: Tensor, *, null: int, weight: float) -> Denoise:
-    """Classifier-free guidance, x0 = u + w (c - u) (Ho & Salimans, 2022); weight 1 asks only the conditional network.
+def _intervals(levels: Tensor) -> list[tuple[Level, Level]]:
+    """Both ends of every step; the last step ends at clean data."""
+    alpha, sigma = variance_preserving(levels.double())
+    stops = [Level(*numbers) for numbers in zip(levels.tolist(), alpha.tolist(), sigma.tolist(), strict=True)]
+    return list(itertools.pairwise([*stops, CLEAN]))
 
-    `labels` is int64 [B]; `null` is the label that stands for none.
+
+def _ask(denoise: Denoise, z: Tensor, here: Level) -> Tensor:
+    return denoise(z, z.new_full((len(z),), here.logsnr))
+
+
+def _eps(z: Tensor, x0: Tensor, here: Level) -> Tensor:
+    """The noise that an estimate of x0 implies."""
+    return (z - here.alpha * x0) / here.sigma
+
+
+def _velocity(denoise: Denoise, z: Tensor, here: Level) -> Tensor:
+    """Slope of the linear flow, dx_t/dt = eps - x0."""
+    x0 = _ask(denoise, z, here)
+    return _eps(z, x0, here) - x0
+
+
+def _flowed(z: Tensor, velocity: Tensor, here: Level, there: Level) -> Tensor:
+    """Straight on along the linear flow, from z at one level to z at the next."""
+    return there.scale * (z / here.scale + (there.time - here.time) * velocity)
+
+
+def _renoised(
+    z: Tensor, x0: Tensor, here: Level, there: Level, *, eta: float = 0.0, noise: Noise | None = None
+) -> Tensor:
+    """z at the next level if x0 is right: alpha' x0 + sigma' e.
+
+    e has unit variance: it is the eps of z, of which fresh noise replaces a part w, e = sqrt(1 - w^2) eps + w n with
+    w = eta sqrt(1 - e^(lambda - lambda')).
     """
-    if weight == 1:
-        return lambda x, logsnr: denoise(x, logsnr, labels)
-    both = torch.cat([labels, torch.full_like(labels, null)])
-
-    def combined(x: Tensor, logsnr: Tensor) -> Tensor:
-        x0 = denoise(torch.cat([x, x]), torch.cat([logsnr, logsnr]), both)
-        conditional, unconditional = x0.chunk(2)
-        return unconditional + weight * (conditional - unconditional)
-
-    return combined
+    eps = _eps(z, x0, here)
+    w = eta * math.sqrt(-math.expm1(here.logsnr - there.logsnr))
+    if w and noise is not None and there is not CLEAN:
+        eps = math.sqrt(1 - w * w) * eps + w * noise().to(z)
+    return there.alpha * x0 + there.sigma * eps
 
 
-def _intervals(x: Tensor, levels: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Each level as log SNR [B] with the scalars s at both ends of its step; the last step ends at s = 0."""
-    ratios = torch.cat([noise_to_signal(levels), levels.new_zeros(1)]).to(x)
-    for i, logsnr in enumerate(levels.to(x)):
-        yield logsnr.expand(len(x)), ratios[i], ratios[i + 1]
+def _multistep(denoise: Denoise, z: Tensor, levels: Tensor, *, noise: Noise | None) -> Tensor:
+    """DPM-Solver++(2M): DDIM's steps, with eta 1 if there is noise, by an x0 extrapolated to the middle of the step.
+
+    Written out, a step without noise is z' = (sigma' / sigma) z - alpha' (e^(-h/2) - 1) D with h = lambda' - lambda
+    and D = x0 + (h / (2 h_before)) (x0 - x0_before). The first step has nothing to extrapolate from, and the step to
+    clean data is infinitely long: both are of first order.
+    """
+    before: tuple[Level, Tensor] | None = None
+    for here, there in _intervals(levels):
+        x0 = guess = _ask(denoise, z, here)
+        if before is not None and there is not CLEAN:
+            ratio = (there.logsnr - here.logsnr) / (here.logsnr - before[0].logsnr)  # 0 after a start at -inf
+            guess = x0 + ratio / 2 * (x0 - before[1])
+        z = _renoised(z, guess, here, there, eta=0.0 if noise is None else 1.0, noise=noise)
+        before = here, x0
+    return z

@@ -14,7 +14,7 @@ from engine.device import Device
 from engine.images import ImageSet
 from engine.loop import fit
 from engine.resume import is_finished
-from engine.shards import Shards, open_shards
+from engine.shards import Shards
 from engine.sources import open_images
 from engine.task import Task
 from generator.autoregressive_task import AutoregressiveTask
@@ -22,7 +22,7 @@ from generator.card import family_of, generator_card
 from generator.config import AutoregressiveConfig, DiffusionConfig
 from generator.diffusion_task import DiffusionTask
 from generator.order import fold_order
-from tokenizer.encode import check_size
+from tokenizer.encode import check_size, open_codes
 from tokenizer.model import Tokenizer, load_tokenizer
 
 
@@ -36,17 +36,17 @@ def train_generator(
 ) -> Path:
     """Train one family of the run, or resume it; returns its folder, which ends with model.json.
 
-    It learns from `run.folder/codes`. With codes=on_the_fly it learns from the images, and of the codes on disk only
-    the test split is needed.
+    It learns from `run.tokenizer_folder/codes`. With codes=on_the_fly it learns from the images, and of the codes on
+    disk only the test split is needed.
 
     Raises:
         ValueError: the tokenizer or the codes are missing or do not belong together, or the folder was begun otherwise.
     """
     if family != family_of(config):
         raise ValueError(f"family={family!r} does not fit the section {type(config).__name__}")
-    tokenizer = load_tokenizer(run.folder)
+    tokenizer = load_tokenizer(run.tokenizer_folder)
     source, content = open_source(config, tokenizer, run=run, data=data)
-    test_shards = open_shards(run.folder / "codes" / "test", fingerprint=tokenizer.code_fingerprint)
+    test_shards = open_codes(run, "test", tokenizer)
     folder = run.folder / family
     identity = {"seed": run.seed, family: to_dict(config), "codes": content}
     defaults = {family: to_dict(type(config)())}
@@ -85,9 +85,9 @@ def open_source(
         ValueError: codes are missing or of another tokenizer, images are missing or of another size than its own.
     """
     if reads_codes(config):
-        shards = open_shards(run.folder / "codes" / "train", fingerprint=tokenizer.code_fingerprint)
+        shards = open_codes(run, "train", tokenizer)
         return shards, shards.identity()
-    check_size(tokenizer, data, run.folder)
+    check_size(tokenizer, data, run.tokenizer_folder)
     images = open_images(data, "train")
     augmentation = {"crop": data.crop, "flip": data.flip}
     origin = {"tokenizer_fingerprint": tokenizer.code_fingerprint, "images": images.content()}

@@ -1,6 +1,7 @@
 """Promise: every YAML parses strictly and builds on the meta device; every enumerated choice is known to the code."""
 
 import dataclasses
+import json
 import re
 import typing
 from collections.abc import Iterator
@@ -10,13 +11,14 @@ import pytest
 import torch
 import yaml
 
-from engine.config import section_type, to_yaml
+from engine.config import TrainConfig, section_type, to_dict, to_yaml
 from engine.sources import SOURCES
+from eval.variants import samplings
 from generator.autoregressive import build_network
 from generator.diffusion import build_denoiser
-from generator.objective import TARGETS, WEIGHTS
+from generator.objective import TARGETS, WEIGHTS, Objective
 from generator.path import PATHS
-from generator.schedule import SCHEDULES
+from generator.schedule import SCHEDULES, build_schedule
 from generator.solvers import ODE_SOLVERS, SDE_SOLVERS
 from generator.steps import STEPS
 from tokenizer.model import Tokenizer
@@ -54,6 +56,9 @@ def test_every_yaml_parses_and_builds(path: Path, row: str | None, tmp_path: Pat
             build_network(experiment.autoregressive.model, card)
         if experiment.diffusion is not None:
             build_denoiser(experiment.diffusion.model, card)
+            Objective.from_config(to_dict(experiment.diffusion))
+            build_schedule(experiment.diffusion.schedule)
+    assert len(samplings(experiment.eval, dict(experiment.generators()))) >= len(experiment.eval.variants)
     again = tmp_path / "resolved.yaml"
     again.write_text(to_yaml(experiment))
     assert load_experiment(["--config", str(again)]) == experiment
@@ -84,6 +89,7 @@ TABLES = {
     "tokenizer.quantizer.gradient": GRADIENTS,
     "diffusion.path": PATHS,
     "diffusion.schedule.kind": SCHEDULES,
+    "diffusion.schedule.mixed.kind": SCHEDULES,
     "diffusion.target": TARGETS,
     "diffusion.weight": WEIGHTS,
     "diffusion.sample.solver": {**ODE_SOLVERS, **SDE_SOLVERS},
@@ -100,6 +106,11 @@ def test_every_choice_is_in_its_table_and_nothing_else_is(key: str, table: dict)
 COMPANIONS = {
     "exponential": [".final_learning_rate=1e-6"],
     "fsq": [".levels=[4,4]", "tokenizer.model.code_dim=2"],
+    "list": [".levels=[-6,0,6]"],
+    "pixels": [  # which have no networks to set and nothing to train
+        *(".vocab_size=8192", ".code_dim=32", ".encoder=null", ".decoder=null"),
+        f"tokenizer.train={json.dumps(to_dict(TrainConfig()))}",
+    ],
 }
 
 

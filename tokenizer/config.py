@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from engine.config import TrainConfig
+from engine.config import TrainConfig, difference, to_dict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +62,9 @@ class CnnConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerModelConfig:
-    architecture: Literal["vit", "cnn"] = "vit"
-    """Towers: ViT-VQGAN's transformers, or VQGAN's convolutions, which model.cnn describes."""
+    architecture: Literal["vit", "cnn", "pixels"] = "vit"
+    """Towers: ViT-VQGAN's transformers, or VQGAN's convolutions, which model.cnn describes. `pixels` has none: latents
+    are the pixels themselves, for diffusion on small images; there is nothing to set, to train, or to code."""
     preset: str = "small-small"
     """Encoder and decoder size of the ViT, `<encoder>-<decoder>`, each of tiny, mini, small, base, large."""
     patch_size: int = 8
@@ -94,6 +95,11 @@ class TokenizerModelConfig:
                 f"model.patch_size={self.patch_size}, but model.cnn.multipliers={list(self.cnn.multipliers)} halve the "
                 f"image to {self.cnn.patch_size} pixels per token: set one to fit the other"
             )
+
+    @property
+    def learned(self) -> bool:
+        """Whether there are networks to train."""
+        return self.architecture != "pixels"
 
     @property
     def towers(self) -> tuple[TowerConfig, TowerConfig]:
@@ -232,6 +238,9 @@ class TokenizerConfig:
     encoder_from: str | None = None
     """Run or tokenizer folder whose encoder and codebook are taken over and kept: only the decoder learns, and codes
     stay valid."""
+    latent_statistics: Literal["per_channel", "static"] = "per_channel"
+    """How latents are normalised: each channel to zero mean and unit variance, or all by one factor without a shift to
+    a mean square of 1, as Stable Diffusion does, which keeps the channels' proportions."""
     views: int = 1
     """Versions of each training image on disk, of which a generator draws one: the centre crop, then others as
     data.crop draws them, every second one mirrored if data.flip."""
@@ -242,6 +251,10 @@ class TokenizerConfig:
         for key in ("views", "encode_batch_size"):
             if getattr(self, key) < 1:
                 raise ValueError(f"tokenizer.{key}={getattr(self, key)} must be at least 1")
+        if self.encoder_from is not None and self.latent_statistics != "per_channel":
+            told = f"tokenizer.latent_statistics={self.latent_statistics}"
+            raise ValueError(f"{told} has no effect with tokenizer.encoder_from, whose latents are kept: leave it out")
+        check_idle(self)
         check_bottleneck(self.model, self.quantizer)
         check_switches(self.quantizer, self.loss)
         if self.loss.logit_laplace and self.model.output != "logit_laplace":
@@ -249,6 +262,28 @@ class TokenizerConfig:
                 f"loss.logit_laplace={self.loss.logit_laplace} needs model.output=logit_laplace, not "
                 f"{self.model.output}"
             )
+
+
+def check_idle(config: TokenizerConfig) -> None:
+    """Raise ValueError for settings of networks and of training that were changed where there are no networks."""
+    if config.model.learned:
+        return
+    plain = {
+        "model": to_dict(TokenizerModelConfig(architecture=config.model.architecture)),
+        "quantizer": to_dict(QuantizerConfig()),
+        "loss": to_dict(TokenizerLossConfig()),
+        "discriminator": to_dict(DiscriminatorConfig()),
+        "train": to_dict(TrainConfig()),
+        "encoder_from": None,
+    }
+    given = to_dict(config)
+    idle = difference(plain, {key: given[key] for key in plain})
+    if idle:
+        told = ", ".join(f"tokenizer.{key}={value}" for key, (_, value) in idle.items())
+        raise ValueError(
+            f"{told}: no effect with tokenizer.model.architecture={config.model.architecture}, which has nothing to"
+            " train: leave it out; latent_statistics, views and encode_batch_size alone are read"
+        )
 
 
 def check_bottleneck(model: TokenizerModelConfig, quantizer: QuantizerConfig) -> None:

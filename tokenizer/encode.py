@@ -16,7 +16,7 @@ from engine.device import Device
 from engine.flops import forward_flops
 from engine.images import ImageSet
 from engine.log import progress
-from engine.shards import ShardWriter, open_shards
+from engine.shards import Shards, ShardWriter, open_shards
 from engine.sources import open_images
 from tokenizer.config import TokenizerConfig
 from tokenizer.model import Tokenizer, load_tokenizer
@@ -52,6 +52,36 @@ def encode_images(
             encode_split(model, images, folder, meta, views=views, batch_size=size, device=device)
         device.barrier()
     return run.folder / "codes"
+
+
+def borrowed_tokenizer(run: RunConfig, data: DataConfig) -> Tokenizer:
+    """The tokenizer of the run that run.tokenizer names.
+
+    Raises:
+        ValueError: it has no finished one, or one of another image size.
+    """
+    folder = run.tokenizer_folder
+    if not (folder / "tokenizer" / "model.json").is_file():
+        told = "give the folder of a run that has trained one"
+        raise ValueError(f"run.tokenizer={run.tokenizer}: {folder / 'tokenizer'} holds no finished tokenizer; {told}")
+    tokenizer = load_tokenizer(folder)
+    check_size(tokenizer, data, folder)
+    return tokenizer
+
+
+def open_codes(run: RunConfig, split: Split, tokenizer: Tokenizer) -> Shards:
+    """The codes and latents of a split that a run learns from: its own, or those of the run that has its tokenizer.
+
+    Raises:
+        ValueError: they are missing, incomplete, cut, or of another tokenizer; says which command makes them.
+    """
+    try:
+        return open_shards(run.tokenizer_folder / "codes" / split, fingerprint=tokenizer.code_fingerprint)
+    except ValueError as error:
+        if run.tokenizer is None:
+            raise
+        command = f"tokenloom encode --config {run.tokenizer_folder / 'config.yaml'}"
+        raise ValueError(f"run.tokenizer={run.tokenizer} lacks codes ({error}): `{command}` makes them") from error
 
 
 def check_size(tokenizer: Tokenizer, data: DataConfig, folder: Path) -> None:

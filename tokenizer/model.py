@@ -16,6 +16,7 @@ from engine.images import to_float, to_uint8
 from tokenizer.cnn import CnnDecoder, CnnEncoder
 from tokenizer.config import CnnConfig, QuantizerConfig, TokenizerLossConfig, TokenizerModelConfig, TowerConfig
 from tokenizer.losses import logit_laplace_mean
+from tokenizer.pixels import Colours, PixelDecoder, PixelEncoder
 from tokenizer.quantize import build_bottleneck
 from tokenizer.vit import Decoder, Encoder
 
@@ -23,11 +24,11 @@ CHANNELS = {"rgb": 3, "logit_laplace": 6}  # that the decoder emits
 
 
 class Tokenizer(nn.Module):
-    """Encoder, bottleneck, decoder: ViT-VQGAN (arXiv 2110.04627; second-hand), or VQGAN's convolutions.
+    """Encoder, bottleneck, decoder: ViT-VQGAN (arXiv 2110.04627; second-hand), VQGAN's convolutions, or mere pixels.
 
-    Latents are what the bottleneck quantises (unit vectors before the codebook, means before KL noise), shifted and
-    scaled per channel to zero mean and unit variance over the training images; the two buffers are measured after
-    training.
+    Latents are what the bottleneck quantises (unit vectors before the codebook, means before KL noise, colours of
+    pixels), less `latent_mean` and over `latent_std`, two buffers per channel that are measured over the training
+    images once all else is learnt.
 
     Attributes:
         image_size: height and width in pixels.
@@ -52,21 +53,18 @@ class Tokenizer(nn.Module):
         loss: TokenizerLossConfig | None = None,
     ) -> None:
         super().__init__()
-        if image_size % model.patch_size:
-            sizes = f"data.size={image_size}, tokenizer.model.patch_size={model.patch_size}"
-            raise ValueError(f"{sizes}: the image size must be a multiple of the patch size; change either")
-        side = image_size // model.patch_size
+        side = grid_side(model, image_size)
         self.config, self.bottleneck = model, quantizer or QuantizerConfig()
         self.image_size, self.grid, self.fingerprint, self.code_fingerprint = image_size, (side, side), "", ""
         self.encoder = build_encoder(model, self.bottleneck, image_size)
-        self.quantizer = build_bottleneck(model, self.bottleneck, loss)
+        self.quantizer = build_bottleneck(model, self.bottleneck, loss) if model.learned else Colours()
         self.decoder = build_decoder(model, image_size)
-        self.vocab_size, self.latent_shape = self.quantizer.vocab_size, (model.code_dim, side, side)
+        self.vocab_size, self.latent_shape = self.quantizer.vocab_size, (self.quantizer.latent_dim, side, side)
         self.length = side**2 * self.quantizer.codes_per_token
         last = "codes" if self.vocab_size else "latents"
         self.taps = (*(f"encoder.{stage}" for stage in range(self.encoder.depth)), last)
-        self.register_buffer("latent_mean", torch.zeros(model.code_dim))
-        self.register_buffer("latent_std", torch.ones(model.code_dim))
+        self.register_buffer("latent_mean", torch.zeros(self.quantizer.latent_dim))
+        self.register_buffer("latent_std", torch.ones(self.quantizer.latent_dim))
         self.latent_mean: Tensor
         self.latent_std: Tensor
 
@@ -85,8 +83,9 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes int64 [B, T] -> images uint8 [B, 3, H, W]."""
-        self._check_codes(codes)
+        """Codes int64 [B, T] -> images uint8 [B, 3, H, W]; ValueError where there are none."""
+        if self.vocab_size:
+            self._check_codes(codes)
         return self._painted(self.quantizer.lookup(codes))
 
     @torch.no_grad()
@@ -126,7 +125,7 @@ class Tokenizer(nn.Module):
         if tap not in self.taps:
             raise ValueError(f"tap={tap!r} is unknown; this tokenizer has {', '.join(self.taps)}")
         if tap in ("codes", "latents"):
-            return self.quantizer.snap(self.vectors(images)).mean(dim=1)  # [B, code_dim]
+            return self.quantizer.snap(self.vectors(images)).mean(dim=1)  # [B, C]
         depth = int(tap.removeprefix("encoder.")) + 1
         return self.encoder.hidden(self._pixels(images), depth).float().mean(dim=1)  # [B, width]
 
@@ -170,17 +169,37 @@ def to_pixels(output: Tensor) -> Tensor:
     return output if output.shape[1] == 3 else logit_laplace_mean(output)
 
 
-def build_encoder(model: TokenizerModelConfig, quantizer: QuantizerConfig, image_size: int) -> Encoder | CnnEncoder:
+def grid_side(model: TokenizerModelConfig, image_size: int) -> int:
+    """Tokens along each side of an image.
+
+    Raises:
+        ValueError: the patch size does not divide the image size.
+    """
+    if not model.learned:
+        return image_size
+    if image_size % model.patch_size:
+        sizes = f"data.size={image_size}, tokenizer.model.patch_size={model.patch_size}"
+        raise ValueError(f"{sizes}: the image size must be a multiple of the patch size; change either")
+    return image_size // model.patch_size
+
+
+def build_encoder(
+    model: TokenizerModelConfig, quantizer: QuantizerConfig, image_size: int
+) -> Encoder | CnnEncoder | PixelEncoder:
     """Pixels to as many numbers per token as the bottleneck reads: KL takes a mean and a variance for each."""
-    out_dim, side = model.code_dim * (2 if quantizer.kind == "kl" else 1), image_size // model.patch_size
+    if not model.learned:
+        return PixelEncoder()
+    out_dim, side = model.code_dim * (2 if quantizer.kind == "kl" else 1), grid_side(model, image_size)
     if model.architecture == "cnn":
         return CnnEncoder(model.cnn, image_size=image_size, out_dim=out_dim)
     return Encoder(model.towers[0], grid=(side, side), patch_size=model.patch_size, out_dim=out_dim)
 
 
-def build_decoder(model: TokenizerModelConfig, image_size: int) -> Decoder | CnnDecoder:
+def build_decoder(model: TokenizerModelConfig, image_size: int) -> Decoder | CnnDecoder | PixelDecoder:
     """Quantised vectors to `CHANNELS[model.output]` numbers per pixel."""
-    channels, side = CHANNELS[model.output], image_size // model.patch_size
+    channels, side = CHANNELS[model.output], grid_side(model, image_size)
+    if not model.learned:
+        return PixelDecoder(side)
     if model.architecture == "cnn":
         return CnnDecoder(model.cnn, image_size=image_size, in_dim=model.code_dim, out_channels=channels)
     return Decoder(
@@ -190,9 +209,10 @@ def build_decoder(model: TokenizerModelConfig, image_size: int) -> Decoder | Cnn
 
 def model_card(tokenizer: Tokenizer) -> dict[str, Any]:
     """What `model.json` must hold to rebuild the network, and what its codes depend on."""
+    model, learned = tokenizer.config, tokenizer.config.learned
     config = {
-        "model": asdict(tokenizer.config),
-        "quantizer": asdict(tokenizer.bottleneck),
+        "model": asdict(model) if learned else {"architecture": model.architecture},
+        "quantizer": asdict(tokenizer.bottleneck) if learned else {},
         "image_size": tokenizer.image_size,
     }
     return {"kind": "tokenizer", "config": config, "code_fingerprint": code_fingerprint(tokenizer)}
@@ -210,6 +230,8 @@ def code_fingerprint(tokenizer: Tokenizer) -> str:
 def code_settings(tokenizer: Tokenizer) -> dict[str, Any]:
     """The settings, JSON-ready, that decide codes and latents beside the weights."""
     model, quantizer = tokenizer.config, tokenizer.bottleneck
+    if not model.learned:
+        return {"architecture": model.architecture, "image_size": tokenizer.image_size}
     tower = asdict(model.cnn if model.architecture == "cnn" else model.towers[0])
     shape = {"image_size": tokenizer.image_size, "patch_size": model.patch_size, "code_dim": model.code_dim}
     codes = {key: getattr(quantizer, key) for key in ("kind", "normalize", "levels", "depth")}
@@ -242,7 +264,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def model_config(settings: dict[str, Any]) -> TokenizerModelConfig:
-    """A model's configuration as its card holds it."""
+    """A model's configuration as its card holds it; nothing but the architecture where nothing is learnt."""
+    if settings.keys() == {"architecture"}:
+        return TokenizerModelConfig(**settings)
     towers = {key: settings[key] and TowerConfig(**settings[key]) for key in ("encoder", "decoder")}
     tuples = {key: tuple(settings["cnn"][key]) for key in ("multipliers", "attention")}
     return TokenizerModelConfig(**{**settings, **towers, "cnn": CnnConfig(**{**settings["cnn"], **tuples})})
@@ -250,7 +274,7 @@ def model_config(settings: dict[str, Any]) -> TokenizerModelConfig:
 
 def quantizer_config(settings: dict[str, Any]) -> QuantizerConfig:
     """A bottleneck's configuration as the model's card holds it."""
-    return QuantizerConfig(**{**settings, "levels": tuple(settings["levels"])})
+    return QuantizerConfig(**{**settings, "levels": tuple(settings.get("levels", ()))})
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ from engine.device import Device
 from engine.images import ImageSet, to_float, to_uint8
 from engine.loop import fit
 from engine.optim import adamw
-from engine.resume import is_finished
+from engine.resume import check_identity, is_finished
 from engine.sources import open_images
 from engine.task import Task
 from tokenizer.adversary import Adversary
@@ -37,6 +38,7 @@ USAGE_IMAGES = 256  # code usage is counted over so many images, as in ViT-VQGAN
 VALIDATION_IMAGES = 1024
 PREVIEW_IMAGES = 32
 LATENT_IMAGES = 10_000
+ENCODING = ("latent_statistics", "views", "encode_batch_size")  # settings that change nothing of what is learnt
 
 
 class TokenizerTask(Task):
@@ -118,6 +120,7 @@ class TokenizerTask(Task):
         told = {"adversarial": adversarial, "weighted_adversarial": self.config.loss.adversarial * adversarial}
         if self.config.discriminator.adaptive:
             layer = self.tokenizer.decoder.last_layer
+            assert isinstance(layer, Tensor)
             gradients = [self._shared_gradient(value, layer) for value in (reconstruction, adversarial)]
             told["adaptive_weight"] = adaptive_weight(*gradients)
             told["weighted_adversarial"] = told["adaptive_weight"] * told["weighted_adversarial"]
@@ -210,39 +213,71 @@ def train_tokenizer(*, run: RunConfig, data: DataConfig, tokenizer: TokenizerCon
     """Train the tokenizer of a run, or resume it, and write `<run>/tokenizer/model.*`; returns that folder.
 
     With `encoder_from` only the decoder is trained, and codes and latents stay those of the tokenizer named there.
+    Pixels have nothing to train: their statistics are measured at once. Where only `latent_statistics` has changed
+    since the run was finished, the latents are measured anew and the networks stay.
 
     Raises:
         ValueError: the sizes do not fit each other, or the folder holds another run.
     """
-    folder = run.folder / "tokenizer"
-    images, test = open_images(data, "train"), open_images(data, "test")
+    folder, images = run.folder / "tokenizer", open_images(data, "train")
     source = None if tokenizer.encoder_from is None else load_source(tokenizer.encoder_from)
-    identity = run_identity(run, data, tokenizer, images, source)
-    if is_finished(folder, identity):
+    identity, defaults = run_identity(run, data, tokenizer, images, source), default_identity(tokenizer)
+    whole = {**identity, "latent_statistics": tokenizer.latent_statistics}
+    if is_finished(folder, whole, {**defaults, "latent_statistics": "per_channel"}):
         return folder
+    if tokenizer.model.learned:
+        weights = learn(tokenizer, run, data, images, source, identity=identity, defaults=defaults, device=device)
+    else:
+        weights = begin_pixels(folder, identity, len(images), device)
+    trained = Tokenizer(tokenizer.model, tokenizer.quantizer, image_size=data.size)
+    trained.load_state_dict({**trained.state_dict(), **weights})
+    trained.to(device.device).eval()
+    if source is None:
+        kind, size = tokenizer.latent_statistics, tokenizer.encode_batch_size
+        measure_latents(trained, images, kind=kind, device=device, batch_size=size)
+    elif code_fingerprint(trained) != source.code_fingerprint:
+        raise RuntimeError(f"{folder}: the frozen encoder has changed in training; this is a fault of ours, report it")
+    if device.is_main:
+        facts = {"identity": whole, "class_names": list(images.class_names), "finished": time.strftime("%Y-%m-%d")}
+        save_model(folder, trained.cpu().state_dict(), {**model_card(trained), **facts})
+    device.barrier()
+    return folder
+
+
+def learn(
+    tokenizer: TokenizerConfig,
+    run: RunConfig,
+    data: DataConfig,
+    images: ImageSet,
+    source: Tokenizer | None,
+    *,
+    identity: dict[str, Any],
+    defaults: dict[str, Any],
+    device: Device,
+) -> dict[str, Tensor]:
+    """The weights after training, averaged where the configuration says so; `source` is what `encoder_from` names."""
     torch.manual_seed(run.seed)
-    model = untrained(tokenizer, data.size)
+    model, folder = untrained(tokenizer, data.size), run.folder / "tokenizer"
     if source is not None:
         take_over(model, source)
     model.to(device.device)
     batches = Batches(images, batch_size=tokenizer.train.batch_size, seed=run.seed, workers=data.workers)
-    task = TokenizerTask(model, tokenizer, test=test, device=device)
+    task = TokenizerTask(model, tokenizer, test=open_images(data, "test"), device=device)
     begins = newest_whole(folder / "checkpoints") is None
     if task.codebook is not None and tokenizer.quantizer.kmeans_start and begins:
         start_codebook(model, batches, seed=run.seed, device=device)
-    weights = fit(task, batches, train=tokenizer.train, run=run, device=device, folder=folder, identity=identity)
-    trained = Tokenizer(tokenizer.model, tokenizer.quantizer, image_size=data.size)
-    trained.load_state_dict(weights["tokenizer"])
-    trained.to(device.device).eval()
-    if source is None:
-        measure_latents(trained, images, device=device, batch_size=tokenizer.encode_batch_size)
-    elif code_fingerprint(trained) != source.code_fingerprint:
-        raise RuntimeError(f"{folder}: the frozen encoder has changed in training; this is a fault of ours, report it")
+    known = {"identity": identity, "defaults": defaults}
+    return fit(task, batches, train=tokenizer.train, run=run, device=device, folder=folder, **known)["tokenizer"]
+
+
+def begin_pixels(folder: Path, identity: dict[str, Any], num_images: int, device: Device) -> dict[str, Tensor]:
+    """The weights of pixels, which are none; says so, and refuses a folder that another tokenizer was begun in."""
     if device.is_main:
-        facts = {"identity": identity, "class_names": list(images.class_names), "finished": time.strftime("%Y-%m-%d")}
-        save_model(folder, trained.cpu().state_dict(), {**model_card(trained), **facts})
+        check_identity(folder, identity)
+        measured = min(num_images, LATENT_IMAGES)
+        print(f"{folder}: pixels have nothing to train; measuring mean and deviation over {measured:,} images")
     device.barrier()
-    return folder
+    return {}
 
 
 def load_source(path: str) -> Tokenizer:
@@ -282,13 +317,22 @@ def take_over(model: Tokenizer, source: Tokenizer) -> None:
 def run_identity(
     run: RunConfig, data: DataConfig, tokenizer: TokenizerConfig, images: ImageSet, source: Tokenizer | None = None
 ) -> dict[str, Any]:
-    """All that decides what is learnt, JSON-ready."""
-    settings = to_dict(tokenizer)
-    for key in ("views", "encode_batch_size"):
-        del settings[key]
-    settings["encoder_from"] = source and source.fingerprint
+    """All that decides what is learnt, JSON-ready; of pixels, which pixels."""
+    if not tokenizer.model.learned:
+        return {"data": images.content(), "tokenizer": {"model": {"architecture": tokenizer.model.architecture}}}
+    settings = {**learning_settings(tokenizer), "encoder_from": source and source.fingerprint}
     augmentation = {"crop": data.crop, "flip": data.flip}
     return {"seed": run.seed, "data": {**images.content(), "augmentation": augmentation}, "tokenizer": settings}
+
+
+def default_identity(tokenizer: TokenizerConfig) -> dict[str, Any]:
+    """What a setting counts as that was not there yet when a run was begun."""
+    return {"tokenizer": learning_settings(TokenizerConfig())} if tokenizer.model.learned else {}
+
+
+def learning_settings(tokenizer: TokenizerConfig) -> dict[str, Any]:
+    """The settings that training reads, JSON-ready."""
+    return {key: value for key, value in to_dict(tokenizer).items() if key not in ENCODING}
 
 
 @torch.no_grad()
@@ -311,18 +355,41 @@ def start_codebook(model: Tokenizer, batches: Batches, *, seed: int, device: Dev
     quantizer.restart_averages()
 
 
+@torch.no_grad()
 def measure_latents(
-    tokenizer: Tokenizer, images: ImageSet, *, device: Device, batch_size: int, limit: int = LATENT_IMAGES
+    tokenizer: Tokenizer,
+    images: ImageSet,
+    *,
+    kind: str = "per_channel",
+    device: Device,
+    batch_size: int,
+    limit: int = LATENT_IMAGES,
 ) -> None:
-    """Set the tokenizer's latent mean and standard deviation from up to `limit` images, shared among the processes."""
+    """Set the tokenizer's latent mean and standard deviation from up to `limit` images, shared among the processes.
+
+    The images are spread evenly over the set, which may be sorted by class. Sums are streamed, in float64.
+    """
     total = min(len(images), limit)
     start, stop = (total * rank // device.world for rank in (device.rank, device.rank + 1))
-    sums = torch.zeros(3, tokenizer.config.code_dim, dtype=torch.float64)  # count, sum, sum of squares per channel
-    for batch in images.in_order(batch_size, start=start, stop=stop):
-        vectors = tokenizer.vectors(batch["images"].to(device.device)).flatten(0, 1).double().cpu()  # [N, C]
+    chosen = np.arange(start, stop) * len(images) // total
+    sums = torch.zeros(3, tokenizer.latent_shape[0], dtype=torch.float64)  # count, sum, sum of squares per channel
+    for first in range(0, len(chosen), batch_size):
+        batch = images.load(chosen[first : first + batch_size])["images"].to(device.device)
+        vectors = tokenizer.vectors(batch).flatten(0, 1).double().cpu()  # [N, C]
         sums += torch.stack([torch.full_like(vectors[0], len(vectors)), vectors.sum(0), vectors.square().sum(0)])
-    count, first, second = device.sum(sums.to(device.device)).cpu()
-    mean = first / count
-    variance = (second / count - mean.square()).clamp(min=1e-12)
+    mean, std = shift_and_scale(kind, *device.sum(sums.to(device.device)).cpu())
     tokenizer.latent_mean.copy_(mean)
-    tokenizer.latent_std.copy_(variance.sqrt())
+    tokenizer.latent_std.copy_(std)
+
+
+def shift_and_scale(kind: str, count: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """What is subtracted from each channel of the latents, and what they are then divided by, float64 [C] each.
+
+    Of `count` numbers per channel with the sum `first` and the sum of squares `second`, [C] each. `per_channel` leaves
+    zero mean and unit variance; `static` divides all by the root of their mean square: one factor, as in latent
+    diffusion (arXiv 2112.10752).
+    """
+    mean, mean_square = first / count, second / count
+    if kind == "static":
+        return torch.zeros_like(mean), mean_square.mean().clamp(min=1e-12).sqrt().expand_as(mean)
+    return mean, (mean_square - mean.square()).clamp(min=1e-12).sqrt()

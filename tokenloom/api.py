@@ -11,9 +11,23 @@ from torch import Tensor
 
 from engine.device import Device, setup
 from generator.sample import load_generator, sample_images, stream_images
-from tokenizer.model import Tokenizer, load_tokenizer
+from generator.snapshots import which_weights
+from tokenizer import model
+from tokenizer.model import Tokenizer
+from tokenloom.run_files import tokenizer_folder
 
 __all__ = ["load_generator", "load_tokenizer", "reconstruct", "sample", "score", "stream"]
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a run, its own or that of the run that it names, or of an exported or a tokenizer's folder.
+
+    It comes with averaged weights, in eval mode, float32, on the CPU.
+
+    Raises:
+        ValueError: there is no complete tokenizer, or its files were cut or altered.
+    """
+    return model.load_tokenizer(tokenizer_folder(Path(path)))
 
 
 def sample(
@@ -36,8 +50,11 @@ def sample(
         ValueError: a missing model, an unknown setting, or labels and seeds of unequal length.
     """
     generator, tokenizer = load_generator(path, family), load_tokenizer(path)
-    wanted = _label_tensor(labels, seeds)
-    return sample_images(generator, tokenizer, wanted, list(seeds), **{**_trained_settings(generator), **settings})
+    chosen = {**_trained_settings(generator), **settings}
+    weights = {key: value for key, value in which_weights(chosen).items() if value is not None}
+    if weights:
+        generator = load_generator(path, family, **weights)
+    return sample_images(generator, tokenizer, _label_tensor(labels, seeds), list(seeds), **chosen)
 
 
 def stream(

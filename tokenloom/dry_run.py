@@ -18,6 +18,7 @@ from engine.device import choose_precision
 from engine.flops import TRAINING_FACTOR, forward_flops, saved_bytes
 from engine.shards import open_shards
 from engine.sources import open_images
+from eval.variants import samplings
 from generator.autoregressive import build_network
 from generator.config import AutoregressiveConfig, DiffusionConfig
 from generator.diffusion import build_denoiser
@@ -26,7 +27,7 @@ from tokenizer.adversary import passes_per_step
 from tokenizer.config import TokenizerConfig
 from tokenizer.costs import training_passes, untrained
 from tokenizer.discriminator import build_discriminator
-from tokenizer.encode import SPLITS, Split, encode_flops
+from tokenizer.encode import SPLITS, Split, borrowed_tokenizer, encode_flops
 from tokenizer.model import Tokenizer, count_parameters, to_pixels
 from tokenizer.perceptual import PERCEPTUAL_PASSES, open_perceptual
 from tokenloom.experiment import Experiment
@@ -77,13 +78,20 @@ def dry_run(experiment: Experiment) -> str:
     place, precision, remark = imagined_device(run)
     with torch.device("meta"):
         stages = list(build_stages(experiment, classes))
+    if not stages:
+        told = "tokenizer.model.architecture=pixels" if run.tokenizer is None else f"run.tokenizer={run.tokenizer}"
+        raise ValueError(f"{told}, and no generator: there is nothing to train")
     columns = [stage_facts(stage, run, world, place, precision) for stage in stages]
     size = f"{experiment.data.size} x {experiment.data.size}"
     head = [
         f"{run.name}: images of {size} pixels from {experiment.data.source}, {classes:,} classes ({origin})",
         f"{world} process{'es' if world > 1 else ''}{f' ({run.parallel})' if world > 1 else ''}, {precision}{remark}",
     ]
-    if experiment.tokenizer.encoder_from is not None:
+    if run.tokenizer is not None:
+        head.append(f"tokenizer and codes are those of {run.tokenizer}: they are not trained here")
+    elif not experiment.tokenizer.model.learned:
+        head.append("latents are the pixels: the tokenizer measures their mean and deviation and trains nothing")
+    elif experiment.tokenizer.encoder_from is not None:
         head.append("the tokenizer's encoder and bottleneck are frozen: they count forwards alone, its decoder in full")
     if experiment.autoregressive is not None and not reads_codes(experiment.autoregressive):
         head.append("each autoregressive step encodes its images: that and the frozen tokenizer's weights are counted")
@@ -91,9 +99,26 @@ def dry_run(experiment: Experiment) -> str:
 
 
 def build_stages(experiment: Experiment, classes: int) -> Iterator[Stage]:
-    """The networks that the experiment has, on the current device."""
+    """The networks that the experiment trains, on the current device."""
+    if experiment.run.tokenizer is None:
+        tokenizer = untrained(experiment.tokenizer, experiment.data.size)
+        if experiment.tokenizer.model.learned:
+            yield from tokenizer_stages(experiment, tokenizer)
+    else:
+        tokenizer = borrowed_tokenizer(experiment.run, experiment.data).to(torch.get_default_device())
+    for name, family in experiment.generators():
+        card = {
+            "grid": tokenizer.grid, "codes_per_token": tokenizer.quantizer.codes_per_token,
+            "vocab_size": tokenizer.vocab_size, "latent_shape": tokenizer.latent_shape,
+            "num_classes": 0 if family.model.label_dropout == 1 else classes,
+        }  # fmt: skip
+        yield generator_stage(name, family, card, tokenizer)
+
+
+def tokenizer_stages(experiment: Experiment, tokenizer: Tokenizer) -> Iterator[Stage]:
+    """The tokenizer, and the networks that judge its images in training."""
     section, size = experiment.tokenizer, experiment.data.size
-    tokenizer, images = untrained(section, size), torch.empty(1, 3, size, size)
+    images = torch.empty(1, 3, size, size)
     yield Stage(
         name="tokenizer", network=tokenizer, inputs=(images,), loss=reconstruction, tokens=math.prod(tokenizer.grid),
         train=section.train, factor=training_passes(tokenizer),
@@ -102,13 +127,6 @@ def build_stages(experiment: Experiment, classes: int) -> Iterator[Stage]:
         yield perceptual_stage(section, images)
     if section.loss.adversarial:
         yield discriminator_stage(section, images)
-    for name, family in experiment.generators():
-        card = {
-            "grid": tokenizer.grid, "codes_per_token": tokenizer.quantizer.codes_per_token,
-            "vocab_size": tokenizer.vocab_size, "latent_shape": tokenizer.latent_shape,
-            "num_classes": 0 if family.model.label_dropout == 1 else classes,
-        }  # fmt: skip
-        yield generator_stage(name, family, card, tokenizer)
 
 
 def perceptual_stage(section: TokenizerConfig, images: Tensor) -> Stage:
@@ -141,9 +159,7 @@ def generator_stage(
     return Stage(name=name, network=dit, inputs=inputs, loss=denoising, tokens=tokens, train=family.train)
 
 
-def autoregressive_stage(
-    name: str, family: AutoregressiveConfig, card: dict[str, Any], tokenizer: Tokenizer
-) -> Stage:
+def autoregressive_stage(name: str, family: AutoregressiveConfig, card: dict[str, Any], tokenizer: Tokenizer) -> Stage:
     """The autoregressive network; with codes=on_the_fly the frozen tokenizer encodes the images of each step."""
     vim = build_network(family.model, card, random_order=family.order.kind == "random")
     codes, labels = torch.empty(1, vim.length, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
@@ -192,7 +208,7 @@ def stage_facts(stage: Stage, run: RunConfig, world: int, place: str, precision:
     parameters, forward = count_parameters(stage.network), forward_flops(stage.network, *stage.inputs)
     learning = sum(parameter.numel() for parameter in stage.network.parameters() if parameter.requires_grad)
     seen = train.steps * train.batch_size
-    kept = 2 if train.ema and not stage.judges else 1  # weight, average
+    kept = 1 if stage.judges else 1 + bool(train.ema) + len(train.ema_widths)  # weight, averages
     state = FLOAT * (kept * parameters + 3 * learning)  # gradient, two moments of AdamW
     state //= world if run.parallel == "fsdp" and not stage.judges else 1
     state += stage.beside
@@ -216,7 +232,7 @@ def stage_facts(stage: Stage, run: RunConfig, world: int, place: str, precision:
 def num_classes(experiment: Experiment) -> tuple[int, str]:
     """The number of classes and where it comes from; images are opened only if they are embedded."""
     for split in encoded_splits(experiment):
-        codes = experiment.run.folder / "codes" / split
+        codes = experiment.run.tokenizer_folder / "codes" / split
         if (codes / "meta.json").is_file():
             return len(open_shards(codes).meta["class_names"]), f"as in {codes}"
     if experiment.data.source == "digits":
@@ -256,9 +272,11 @@ def table(names: list[str], columns: list[dict[str, str]]) -> list[str]:
 def where(experiment: Experiment) -> list[str]:
     """Where the results will lie."""
     names = [name for name, _ in experiment.generators()]
-    codes = [f"codes/{split}/" for split in encoded_splits(experiment)]
-    folders = ["tokenizer/", *codes, *(f"{name}/" for name in names)]
-    folders += [*(f"samples/{name}/" for name in names), "eval/metrics.json", "report.html"]
+    own = experiment.run.tokenizer is None
+    folders = ["tokenizer/", *(f"codes/{split}/" for split in encoded_splits(experiment))] if own else []
+    folders += [f"{name}/" for name in names]
+    drawn = [each.subject for each in samplings(experiment.eval, dict(experiment.generators()))]
+    folders += [*(f"samples/{name}/" for name in drawn), "eval/metrics.json", "report.html"]
     state = "exists: finished stages are kept" if experiment.run.folder.exists() else "new"
     return [f"results in {experiment.run.folder}/ ({state})", f"  {'  '.join(folders)}"]
 

@@ -15,15 +15,16 @@ import eval.run as judge
 from engine.batches import part_rows
 from engine.checkpoint import write_atomic, write_json
 from engine.config import to_dict, to_yaml
-from engine.device import Device
+from engine.device import Device, check_sampling_precision
 from engine.log import clock
+from engine.resume import completed
 from engine.sources import open_images
 from eval.protocol import Record
+from eval.variants import samplings
 from generator import sample as sampling
 from generator import train as generating
-from generator.autoregressive import check_precision
 from generator.condition import check_guidance
-from generator.config import AutoregressiveConfig
+from generator.config import AutoregressiveConfig, DiffusionConfig
 from tokenizer import encode as encoding
 from tokenizer import train as tokenizing
 from tokenizer.perceptual import open_perceptual
@@ -33,16 +34,22 @@ from tokenloom.report import write_report
 
 
 def run_all(experiment: Experiment, device: Device) -> Path | None:
-    """Tokenizer, codes, generators, samples, scores, report; returns the report's path on the first process."""
+    """Tokenizer, codes, generators, samples, scores, report; returns the report's path on the first process.
+
+    With run.tokenizer the first two stages are those of another run, which has finished them.
+    """
     begun = time.monotonic()
     check(experiment, device)
-    train_tokenizer(experiment, device)
-    encode(experiment, device)
+    if experiment.run.tokenizer is None:
+        train_tokenizer(experiment, device)
+        encode(experiment, device)
+    elif device.is_main:
+        print(f"tokenizer, encode: those of {experiment.run.tokenizer}")
     for family, _ in experiment.generators():
         train_generator(experiment, device, family)
     for family, _ in experiment.generators():
         draw_samples(experiment, device, family)
-    if _scored_as(experiment) != _read(experiment.run.folder / "eval" / "scored.json"):
+    if not _is_scored(experiment):
         evaluate(experiment, device)
     elif device.is_main:
         print("eval: done before, nothing to do")
@@ -55,23 +62,43 @@ def run_all(experiment: Experiment, device: Device) -> Path | None:
 
 def check(experiment: Experiment, device: Device) -> None:
     """Raise now the ValueError that a later stage would raise after hours of training."""
+    if experiment.run.tokenizer is not None:
+        check_tokenizer(experiment)
     with torch.device("meta"):
         for stage in build_stages(experiment, ASSUMED_CLASSES):
             part_rows(stage.train.batch_size, 0, device.world * stage.train.accumulate)
-    if experiment.tokenizer.loss.perceptual:
+    if experiment.run.tokenizer is None and experiment.tokenizer.loss.perceptual:
         open_perceptual(experiment.tokenizer.loss.perceptual_network, image_size=experiment.data.size)
     classes = len(open_images(experiment.data, "train").class_names)
-    for family, config in experiment.generators():
+    for subject, _, config in samplings(experiment.eval, dict(experiment.generators())):
         dropout = config.model.label_dropout
         known = 0 if dropout == 1 else classes
-        check_guidance(family, config.sample.guidance, num_classes=known, label_dropout=dropout)
-        if isinstance(config, AutoregressiveConfig):
-            check_precision(config.sample.precision, device.device)
+        if getattr(config.sample, "guide", None) is None:  # another network that guides needs no null label
+            check_guidance(subject, config.sample.guidance, num_classes=known, label_dropout=dropout)
+        check_sampling_precision(subject, config.sample.precision, device.device)
     judge.check(data=experiment.data, eval=experiment.eval, device=device)
+
+
+def check_tokenizer(experiment: Experiment) -> None:
+    """Raise ValueError unless the run that run.tokenizer names has what the generators need: tokenizer and codes."""
+    tokenizer = encoding.borrowed_tokenizer(experiment.run, experiment.data)
+    for split in encoded_splits(experiment):
+        encoding.open_codes(experiment.run, split, tokenizer)
+
+
+def refuse_foreign(experiment: Experiment, command: str) -> None:
+    """Raise ValueError where a run takes its tokenizer and codes from another one."""
+    other = experiment.run.tokenizer
+    if other is not None:
+        raise ValueError(
+            f"run.tokenizer={other}: this run takes its tokenizer and codes from there, so `tokenloom {command}` has"
+            f" nothing to do here; give it --config {Path(other) / 'config.yaml'}, or leave run.tokenizer out"
+        )
 
 
 def train_tokenizer(experiment: Experiment, device: Device) -> None:
     """Stage 1: <run>/tokenizer."""
+    refuse_foreign(experiment, "tokenizer")
     with _stage(experiment, device, "tokenizer", "tokenizer/model.json"):
         tokenizing.train_tokenizer(
             run=experiment.run, data=experiment.data, tokenizer=experiment.tokenizer, device=device
@@ -80,6 +107,7 @@ def train_tokenizer(experiment: Experiment, device: Device) -> None:
 
 def encode(experiment: Experiment, device: Device) -> None:
     """Images to codes and latents, of the splits that are read: <run>/codes."""
+    refuse_foreign(experiment, "encode")
     splits = encoded_splits(experiment)
     with _stage(experiment, device, "encode", *(f"codes/{split}/meta.json" for split in splits)):
         encoding.encode_images(
@@ -122,13 +150,19 @@ def evaluate(experiment: Experiment, device: Device, *, only: str | None = None)
 
 def _scored_as(experiment: Experiment) -> dict[str, Any]:
     """What the scores of a run depend on: how they are taken, and of which models."""
-    told = to_dict(experiment)
-    models = {
-        stage: (_read(experiment.run.folder / stage / "model.json") or {}).get("fingerprint")
-        for stage in ("tokenizer", "autoregressive", "diffusion")
-    }
+    told, run = to_dict(experiment), experiment.run
+    homes = {"tokenizer": run.tokenizer_folder, "autoregressive": run.folder, "diffusion": run.folder}
+    models = {stage: (_read(home / stage / "model.json") or {}).get("fingerprint") for stage, home in homes.items()}
     sampling = {family: told[family]["sample"] for family, _ in experiment.generators()}
     return {"eval": told["eval"], "data": told["data"], "sample": sampling, "models": models}
+
+
+def _is_scored(experiment: Experiment) -> bool:
+    """Whether the scores are there as they would be taken now; settings younger than they had their defaults."""
+    known = to_dict(Experiment(autoregressive=AutoregressiveConfig(), diffusion=DiffusionConfig()))
+    stored = _read(experiment.run.folder / "eval" / "scored.json") or {}
+    sample = {family: known[family]["sample"] for family in stored.get("sample", {})}
+    return completed(stored, {"eval": known["eval"], "data": known["data"], "sample": sample}) == _scored_as(experiment)
 
 
 @contextmanager

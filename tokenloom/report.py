@@ -14,7 +14,7 @@ from engine.checkpoint import write_atomic
 from eval.protocol import Record, code_version
 from tokenloom import curves, gallery, page
 from tokenloom.run_files import FAMILIES, STAGES, RunFiles
-from tokenloom.score_table import TITLES, accepted_share, features_of, find, kind_of, score_tables, share_text, written
+from tokenloom.score_table import TITLES, features_of, find, kind_of, score_tables, share_text, written
 
 CHAPTERS = {
     "samples": "Samples",
@@ -133,10 +133,10 @@ def _distance(scores: Sequence[Record], family: str) -> Card | None:
 def _best(scores: Sequence[Record], label: str, name: str) -> Card | None:
     """The best model under a score, and what it is to be held against: the baselines, or the second best.
 
-    Samples that rejection sampling kept stand in the table alone: they are no better model.
+    Other samples of a model, such as those that rejection sampling kept, stand in the table alone.
     """
     found = sorted((record for record in scores if record["name"] == name), key=lambda record: -record["value"])
-    found = [record for record in found if accepted_share(record["subject"])[1] is None]
+    found = [record for record in found if "@" not in record["subject"]]
     models = [record for record in found if record["subject"] not in BASELINES]
     if not models:
         return None
@@ -210,7 +210,7 @@ def _models(run: RunFiles) -> str:
     for stage in STAGES:
         card, (steps, _) = run.card(stage), run.progress(stage)
         if card:
-            weights = num_weights(run.folder / stage / "model.safetensors")
+            weights = num_weights(run.stage_folder(stage) / "model.safetensors")
             size = f"{weights / 1e6:,.2f} M" if weights else "unknown"
             fingerprint = f"<code>{escape(str(card.get('fingerprint', '')))}</code>"
             rows.append((escape(TITLES[stage]), size, f"{steps:,}", fingerprint))

@@ -18,20 +18,26 @@ State = Literal["done", "training", "planned", "absent"]
 
 
 class RunFiles:
-    """The files of one run, read when asked for."""
+    """The files of one run, read when asked for; tokenizer and codes may be those of another run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.name = folder, folder.resolve().name
         self.config = _read_yaml(folder / "config.yaml")
+        self.tokenizer_folder = tokenizer_folder(folder)
+
+    def stage_folder(self, stage: str) -> Path:
+        """Where a stage has left its files."""
+        return (self.tokenizer_folder if stage in ("tokenizer", "codes") else self.folder) / stage
 
     def card(self, stage: str) -> dict[str, Any]:
         """model.json of a finished stage; empty before that."""
-        return self._object(f"{stage}/model.json")
+        return _read_object(self.stage_folder(stage) / "model.json")
 
     def metrics(self, stage: str) -> list[dict[str, Any]]:
         """Lines of a stage's metrics.jsonl."""
         try:
-            return [line for line in read_metrics(self.folder / stage) if isinstance(line, dict) and "step" in line]
+            lines = read_metrics(self.stage_folder(stage))
+            return [line for line in lines if isinstance(line, dict) and "step" in line]
         except (OSError, UnicodeDecodeError):
             return []
 
@@ -45,32 +51,34 @@ class RunFiles:
 
     def progress(self, stage: str) -> tuple[int, int | None]:
         """Steps done, and steps in all if any file tells."""
-        lines = self.metrics(stage)
-        section = self.config.get(stage) or self._object(f"{stage}/identity.json").get(stage) or {}
+        lines, home = self.metrics(stage), self.stage_folder(stage)
+        own = self.config if home == self.folder / stage else {}  # another run's tokenizer has a section of its own
+        section = own.get(stage) or _read_object(home / "identity.json").get(stage) or {}
         return (lines[-1]["step"] if lines else 0), section.get("train", {}).get("steps")
 
     def codes(self, split: str) -> Shards | None:
         """Codes and latents of a split, if they are complete."""
         try:
-            return open_shards(self.folder / "codes" / split)
+            return open_shards(self.stage_folder("codes") / split)
         except (ValueError, KeyError, TypeError, OSError):
             return None
 
     def images(self, split: str) -> dict[str, Any]:
         """Identity of a split's images: source, path, size, n; from the codes, else from the tokenizer's training."""
-        told = self._object(f"codes/{split}/meta.json").get("images")
+        told = _read_object(self.stage_folder("codes") / split / "meta.json").get("images")
         if not told and split == "train":
-            told = self._object("tokenizer/identity.json").get("data") or self.config.get("data")
+            begun = _read_object(self.stage_folder("tokenizer") / "identity.json")
+            told = begun.get("data") or self.config.get("data")
         return told or {}
 
     def samples(self, family: str) -> dict[str, Any]:
         """samples.json of a family; empty if nothing is drawn yet."""
-        told = self._object(f"samples/{family}/samples.json")
+        told = _read_object(self.folder / "samples" / family / "samples.json")
         return told if {"labels", "seeds"} <= told.keys() else {}
 
     def previews(self, stage: str, name: str) -> list[tuple[int, Path]]:
         """Preview grids of a stage under one name, such as samples, with their steps, oldest first."""
-        paths = sorted((self.folder / stage / "previews").glob(f"step-*-{name}.png"))
+        paths = sorted((self.stage_folder(stage) / "previews").glob(f"step-*-{name}.png"))
         steps = (path.name.split("-")[1] for path in paths)
         return [(int(step), path) for step, path in zip(steps, paths, strict=True) if step.isdigit()]
 
@@ -83,23 +91,32 @@ class RunFiles:
 
     def probe(self) -> list[dict[str, Any]]:
         """Rows of eval/probe.json: family, tap, test_top1, interval."""
-        return self._object("eval/probe.json").get("curve") or []
+        return _read_object(self.folder / "eval" / "probe.json").get("curve") or []
 
     def stages(self) -> dict[str, dict[str, Any]]:
         """stages.json: seconds, processes and precision of each finished stage."""
-        return {name: told for name, told in self._object("stages.json").items() if isinstance(told, dict)}
+        found = _read_object(self.folder / "stages.json")
+        return {name: told for name, told in found.items() if isinstance(told, dict)}
 
     def image_size(self) -> int:
         """Height and width in pixels; 0 if no file tells."""
         card = self.card("tokenizer").get("config", {})
         return int(card.get("image_size") or self.images("train").get("size") or 0)
 
-    def _object(self, path: str) -> dict[str, Any]:
-        try:
-            found = json.loads((self.folder / path).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+
+def tokenizer_folder(folder: Path) -> Path:
+    """The run that holds the tokenizer of the run in `folder`: its own, unless its configuration names another one."""
+    run = _read_yaml(folder / "config.yaml").get("run")
+    other = run.get("tokenizer") if isinstance(run, dict) else None
+    return folder if (folder / "tokenizer").is_dir() or not isinstance(other, str) else Path(other)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -104,10 +104,21 @@ def score_tables(records: Sequence[Record]) -> str:
 
 
 def subject_title(subject: str) -> str:
-    """What a subject is called; of samples that rejection sampling kept, it says how many."""
+    """What a subject is called; of other samples of a family it says which: of rejection sampling, how many it kept."""
     family, share = accepted_share(subject)
-    title = TITLES.get(family, family)
-    return title if share is None else f"{title}, best {100 * share:g}\N{NO-BREAK SPACE}% of its candidates"
+    if share is not None:
+        return f"{TITLES.get(family, family)}, best {100 * share:g}\N{NO-BREAK SPACE}% of its candidates"
+    family, _, name = subject.partition("@")
+    if not name or family not in TITLES:
+        return TITLES.get(subject, subject)
+    step = snapshot_step(subject)
+    return TITLES[family] + (f", {name}" if step is None else f" after {step:,} steps")
+
+
+def snapshot_step(subject: str) -> int | None:
+    """The training step of the snapshot that a subject is of, if it is of one."""
+    found = re.fullmatch(r"\w+@step(\d+)", subject)
+    return int(found[1]) if found else None
 
 
 def accepted_share(subject: str) -> tuple[str, float | None]:
@@ -116,10 +127,14 @@ def accepted_share(subject: str) -> tuple[str, float | None]:
     return (found[1], float(found[2])) if found else (subject, None)
 
 
-def _subject_rank(subject: str) -> tuple[int, float]:
-    """Place of a subject: its family's; the fewer were kept the further behind the family itself; unknown ones last."""
-    family, share = accepted_share(subject)
-    return SUBJECTS.index(family) if family in SUBJECTS else len(SUBJECTS), -(share or 1)
+def _subject_rank(subject: str) -> tuple[int, int, float]:
+    """Place of a subject: its family's, unknown ones last. Behind the family itself the best of its candidates, the
+    fewer the further; then variants as they come, then snapshots by their steps.
+    """
+    family, _, name = subject.partition("@")
+    share, step = accepted_share(subject)[1], snapshot_step(subject)
+    kind = 0 if not name else 1 if share is not None else 2 if step is None else 3
+    return SUBJECTS.index(family) if family in SUBJECTS else len(SUBJECTS), kind, step or -(share or 0)
 
 
 def _rank(record: Record) -> int:

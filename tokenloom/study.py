@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from engine.checkpoint import write_atomic, write_json
+from eval.variants import samplings
 from tokenloom.experiment import Experiment
+from tokenloom.pipeline import check_tokenizer
 from tokenloom.study_config import StudyConfig, check_names, study_yaml
+from tokenloom.study_course import check_curve
 from tokenloom.study_jobs import carry_out, finished
-from tokenloom.study_plan import Row, Run, plan_rows, plan_runs, tell_plan
+from tokenloom.study_plan import Row, Run, plan_rows, plan_runs, shared_run, tell_plan
 from tokenloom.study_plot import curves, number_at, plot
 from tokenloom.study_results import Found, gather, results_json, results_markdown
 
@@ -39,10 +43,26 @@ def run_study(
     problems: dict[str, str] = {}
     if not report_only:
         write_atomic(folder / "study.yaml", study_yaml(study, base).encode())
-        problems = carry_out(wanted, stages=study.stages, jobs=study.jobs, title=study.title)
+        problems = _share(study, base, wanted)
+        problems |= {} if problems else carry_out(wanted, stages=study.stages, jobs=study.jobs, title=study.title)
     found = gather(study, rows, runs, problems)
-    print(f"results: {write_results(found, runs, folder)}")
+    print(f"results: {write_results(found, folder)}")
     return found
+
+
+def _share(study: StudyConfig, base: Experiment, wanted: Sequence[Run]) -> dict[str, str]:
+    """See to the tokenizer and the codes that all rows take, if they do; returns what went wrong, by name of the run.
+
+    Raises:
+        ValueError: run.tokenizer names a run without them.
+    """
+    if study.stages != "generator" or all(map(finished, wanted)):
+        return {}
+    shared = shared_run(study, base)
+    if shared is None:
+        check_tokenizer(base)
+        return {}
+    return carry_out([shared], stages="shared", jobs=1, title="one tokenizer for all rows")
 
 
 def tell(study: StudyConfig, base: Experiment, *, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> str:
@@ -55,7 +75,9 @@ def tell(study: StudyConfig, base: Experiment, *, only: Sequence[str] = (), seed
     rows = [row for row in checked_rows(study, base) if row.name in (only or study.names)]
     chosen = sorted(seeds or study.seeds)
     left = sum(not finished(run) for run in plan_runs(study, rows, chosen, base.run))
-    return tell_plan(study, rows, base.run, chosen, left=left)
+    shared = shared_run(study, base)
+    first = None if shared is None or finished(shared) else shared
+    return tell_plan(study, rows, base.run, chosen, left=left, first=first)
 
 
 def checked_rows(study: StudyConfig, base: Experiment) -> list[Row]:
@@ -64,18 +86,25 @@ def checked_rows(study: StudyConfig, base: Experiment) -> list[Row]:
     for group in (group for group in study.groups if group.x):
         for row in (row for row in rows if row.name in group.rows):
             number_at(row, group.x or "")
-    stages = [stage for row in rows for stage in row.costs]
-    if study.curve.stage not in stages:
-        trained = ", ".join(dict.fromkeys(stages))
-        raise ValueError(f"study.curve.stage={study.curve.stage} is not trained by this study: it trains {trained}")
+    check_curve(study.curve, rows)
+    for row in rows:
+        check_subjects(study, row)
     return rows
 
 
-def write_results(found: Found, runs: Sequence[Run], folder: Path) -> Path:
+def check_subjects(study: StudyConfig, row: Row) -> None:
+    """Raise ValueError if a score is asked of samples that a row does not draw."""
+    drawn = [each.subject for each in samplings(row.experiment.eval, dict(row.experiment.generators()))]
+    for subject in (metric.subject for metric in study.metrics):
+        if "@" in subject and not re.search(r"@(accept|step)", subject):
+            check_names([subject], drawn, f"study.metrics: subject of {row.name}")
+
+
+def write_results(found: Found, folder: Path) -> Path:
     """results.json, results.md, plot.png and curves.png in the study's folder; returns results.md."""
     write_json(folder / "results.json", results_json(found))
     write_atomic(folder / "plot.png", plot(found))
-    write_atomic(folder / "curves.png", curves(found, [run for run in runs if finished(run)]))
+    write_atomic(folder / "curves.png", curves(found))
     write_atomic(folder / "results.md", results_markdown(found).encode())
     return folder / "results.md"
 

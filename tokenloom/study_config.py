@@ -22,6 +22,7 @@ from tokenloom.experiment import Experiment, load_experiment
 
 Loaded = TypeVar("Loaded")
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
+SHARED = "shared"  # folder, in that of the study, of the run whose tokenizer and codes all rows take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class MetricConfig:
     name: str
     """A score, such as psnr; rfd or fd stands for that of the first features; images_per_second is training's speed."""
     subject: str = "tokenizer"
-    """What is scored: tokenizer, autoregressive, diffusion."""
+    """What is scored: tokenizer, autoregressive, diffusion; diffusion@cfg2 is the variant cfg2 of eval.variants."""
     better: Literal["higher", "lower"] = "higher"
     """Which way is better."""
 
@@ -58,6 +59,14 @@ class CurveConfig:
     """The stage whose training is drawn."""
     metric: str = "validation/psnr"
     """A key of its metrics.jsonl."""
+    score: str | None = None
+    """A score in place of the metric, such as fd: that of every snapshot of the stage, and of its end. It takes
+    eval.snapshots and the stage's train.snapshot_every."""
+
+    @property
+    def name(self) -> str:
+        """What is drawn."""
+        return self.score or self.metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +75,9 @@ class StudyConfig:
     """Heading of the results."""
     question: str = ""
     """What the study asks, in one sentence."""
-    stages: Literal["tokenizer", "all"] = "tokenizer"
-    """What every run does: train the tokenizer and score its reconstructions, or all stages."""
+    stages: Literal["tokenizer", "generator", "all"] = "tokenizer"
+    """What every run does: train the tokenizer and score its reconstructions; train the generators on one tokenizer,
+    made once for all runs or that of run.tokenizer, and score their samples; or all stages."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Values of run.seed; every row is trained once with each."""
     budget: Literal["flops", "steps"] = "flops"
@@ -176,10 +186,15 @@ def check_names(given: Iterable[str], known: Sequence[str], where: str) -> None:
 def _check_row(row: RowConfig, stages: str) -> None:
     if not FOLDER_NAME.fullmatch(row.name):
         raise ValueError(f"study.rows: {row.name!r} cannot name a folder: use letters, digits, and any of . + - _")
+    if stages == "generator" and row.name == SHARED:
+        raise ValueError(f"study.rows: {SHARED!r} is the folder of the tokenizer that all rows share: rename the row")
     for key in row.values:
         if key.split(".")[0] == "run" or key.endswith("train.steps"):
             chosen = "name, folder, seed and steps of its runs are chosen by the study"
             raise ValueError(f"study.rows.{row.name}.{key}: a row cannot set this key; {chosen}")
+        if stages == "generator" and key.split(".")[0] == "tokenizer":
+            told = "study.stages=generator takes one tokenizer for all rows; set it to all"
+            raise ValueError(f"study.rows.{row.name}.{key}: a row cannot set this key; {told}")
         if stages == "tokenizer" and key.split(".")[0] in ("autoregressive", "diffusion"):
             raise ValueError(f"study.rows.{row.name}.{key} changes nothing: study.stages=tokenizer; set it to all")
 

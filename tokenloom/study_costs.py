@@ -1,4 +1,4 @@
-"""What a step of training costs: FLOPs counted on the meta device, and seconds measured on a few steps."""
+"""What training and sampling cost: FLOPs counted on the meta device, and seconds measured on a few steps."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from engine.config import RunConfig
 from engine.flops import TRAINING_FACTOR, forward_flops, matmul_rate
+from eval.variants import GeneratorConfig, samplings
+from generator.config import DiffusionConfig
 from tokenloom.dry_run import Stage, build_stages, imagined_device, num_classes
 from tokenloom.experiment import Experiment
 
@@ -77,6 +79,42 @@ def step_seconds(experiment: Experiment, rate: float) -> tuple[dict[str, float],
     return _measured(experiment), told
 
 
+def sampling_seconds(experiment: Experiment, rate: float) -> float:
+    """Seconds that the network's forward passes take for all samples of one run that are scored, on this machine now.
+
+    Measured as training steps are, or computed from `rate`. An autoregressive sample counts as one pass over the
+    sequence, which code by code takes longer.
+    """
+    passes, seconds = sample_passes(experiment), 0.0
+    for stage in build_stages(experiment, num_classes(experiment)[0]):
+        if stage.name in passes:
+            flops = forward_flops(stage.network, *stage.inputs)
+            slow = flops / rate * TIMED_IMAGES > LONG_STEP
+            seconds += passes[stage.name] * (flops / rate if slow else _forward_seconds(stage, experiment.run))
+    return seconds
+
+
+def sample_passes(experiment: Experiment) -> dict[str, int]:
+    """Forward passes of one image that all samples which are scored take, by family: variants and snapshots too."""
+    passes: dict[str, int] = {}
+    for _, family, config in samplings(experiment.eval, dict(experiment.generators())):
+        passes[family] = passes.get(family, 0) + passes_per_sample(config)
+    diffusion = experiment.diffusion
+    if diffusion is not None and experiment.eval.snapshots and diffusion.train.snapshot_every:
+        between = (diffusion.train.steps - 1) // diffusion.train.snapshot_every
+        passes["diffusion"] += between * passes_per_sample(diffusion)
+    return {family: count * experiment.eval.num_samples for family, count in passes.items()}
+
+
+def passes_per_sample(config: GeneratorConfig) -> int:
+    """Forward passes of the network for one sample; guidance counts as two passes, wherever it is limited to."""
+    calls = 1
+    if isinstance(config, DiffusionConfig):
+        steps = len(config.sample.levels) or config.sample.num_steps
+        calls = 2 * steps - 1 if config.sample.solver == "heun" else steps
+    return calls * (1 if config.sample.guidance == 1 else 2)
+
+
 def _flops(stage: Stage) -> float:
     """FLOPs of a training step."""
     return float(stage.factor * forward_flops(stage.network, *stage.inputs) * stage.train.batch_size)
@@ -107,6 +145,22 @@ def _seconds(stage: Stage, place: str, precision: str) -> float:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begun)
     return min(times[1:]) * stage.train.batch_size / TIMED_IMAGES
+
+
+@torch.no_grad()
+def _forward_seconds(stage: Stage, run: RunConfig) -> float:
+    """Seconds per image of the quickest of a few forward passes in full precision; the first one is not timed."""
+    place, _, _ = imagined_device(run)
+    network = stage.network.to(place).eval()
+    batch = [_random(tensor, TIMED_IMAGES).to(place) for tensor in stage.inputs]
+    times = []
+    for _ in range(1 + TIMED_STEPS):
+        begun = time.perf_counter()
+        network(*batch)
+        if place == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begun)
+    return min(times[1:]) / TIMED_IMAGES
 
 
 def _random(like: Tensor, batch_size: int) -> Tensor:

@@ -17,13 +17,18 @@ from pathlib import Path
 from typing import IO, Any
 
 from engine.checkpoint import write_atomic, write_json
-from engine.config import difference, to_yaml
+from engine.config import difference, to_dict, to_yaml
 from engine.log import clock
+from engine.resume import completed
 from engine.signals import caught_signals, leave
+from generator.config import AutoregressiveConfig, DiffusionConfig
+from tokenloom.experiment import Experiment
 from tokenloom.study_plan import Run
 
 COMMANDS = {
     "tokenizer": (("tokenizer",), ("eval", "--only", "reconstruction")),
+    "shared": (("tokenizer",), ("encode",)),
+    "generator": (("generator",), ("eval", "--only", "fid")),
     "all": (("run",),),
 }
 PROGRAM = (sys.executable, "-m", "tokenloom")
@@ -113,13 +118,21 @@ class Ledger:
 def finished(run: Run) -> dict[str, Any]:
     """study.json of a run that has ended under its present settings; empty if there is none."""
     told = _read(run.folder / "study.json")
-    return told if told.get("settings") == run.settings else {}
+    return told if _settings(told) == run.settings else {}
 
 
 def changed_settings(run: Run) -> list[str]:
     """Dotted keys in which a run that has ended differs from what the study now asks."""
     told = _read(run.folder / "study.json")
-    return list(difference(told["settings"], run.settings)) if "settings" in told else []
+    return list(difference(_settings(told), run.settings)) if "settings" in told else []
+
+
+def _settings(told: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run that has ended; keys that are younger than it had their defaults."""
+    stored = told.get("settings", {})
+    known = to_dict(Experiment(autoregressive=AutoregressiveConfig(), diffusion=DiffusionConfig()))
+    sections = [key for key in stored if key != "run" and stored[key] and stored[key].keys() != {"fingerprint"}]
+    return completed(stored, {key: known[key] for key in sections})
 
 
 def carry_out(runs: Sequence[Run], *, stages: str, jobs: int, title: str) -> dict[str, str]:

@@ -15,8 +15,9 @@ from engine.device import cpu_quota
 from engine.log import clock
 from tokenloom.dry_run import quantity
 from tokenloom.experiment import Experiment
-from tokenloom.study_config import StudyConfig, vary
-from tokenloom.study_costs import Cost, product_rate, step_seconds, training_costs
+from tokenloom.run_files import RunFiles
+from tokenloom.study_config import SHARED, StudyConfig, vary
+from tokenloom.study_costs import Cost, product_rate, sampling_seconds, step_seconds, training_costs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One row under one seed."""
+    """One row under one seed; or the tokenizer that all rows share, under the row name SHARED."""
 
     row: str
     seed: int
@@ -58,23 +59,33 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that decides the scores, JSON-ready."""
+        """All that decides the scores, JSON-ready. A tokenizer that is not the run's own stands by its fingerprint."""
         told = to_dict(self.experiment)
-        return {**told, "run": {key: told["run"][key] for key in ("seed", "precision")}}
+        run = {key: told["run"][key] for key in ("seed", "precision")}
+        if self.experiment.run.tokenizer is None:
+            return {**told, "run": run}
+        card = RunFiles(self.experiment.run.tokenizer_folder).card("tokenizer")
+        return {**told, "run": run, "tokenizer": {"fingerprint": card.get("fingerprint")}}
 
 
 def plan_rows(study: StudyConfig, base: Experiment) -> list[Row]:
     """All rows in the study's order, with as many steps as the budget gives them.
 
     Raises:
-        ValueError: a row does not fit, or its steps do not outlast its warm-up.
+        ValueError: a row does not fit, trains nothing, or its steps do not outlast its warm-up.
     """
+    if study.stages == "tokenizer" and base.run.tokenizer is not None:
+        raise ValueError(f"run.tokenizer={base.run.tokenizer}: this study trains tokenizers; leave the key out")
     drafts = []
     for row in study.rows:
         experiment = vary(base, row)
         if study.stages == "tokenizer":
-            experiment = dataclasses.replace(experiment, autoregressive=None, diffusion=None)
+            experiment = without_generators(experiment)
         costs = training_costs(experiment)
+        if study.stages == "generator":
+            costs.pop("tokenizer", None)
+        if not costs:
+            raise ValueError(f"study.rows.{row.name}: there is no section autoregressive or diffusion to train")
         drafts.append(Row(name=row.name, values=row.values, experiment=experiment, costs=costs))
     if study.budget == "steps":
         return drafts
@@ -85,15 +96,33 @@ def plan_rows(study: StudyConfig, base: Experiment) -> list[Row]:
 def plan_runs(study: StudyConfig, rows: Sequence[Row], seeds: Sequence[int], base: RunConfig) -> list[Run]:
     """All runs, seed by seed, so that an unfinished study has whole seeds to compare."""
     folder, threads = base.folder, threads_each(study, base)
+    tokenizer = str(folder / SHARED) if study.stages == "generator" and base.tokenizer is None else base.tokenizer
     runs = []
     for seed in seeds:
         for row in rows:
             run = dataclasses.replace(
-                row.experiment.run, root=str(folder / row.name), name=f"seed-{seed}", seed=seed, threads=threads
-            )
+                row.experiment.run, root=str(folder / row.name), name=f"seed-{seed}", seed=seed, threads=threads,
+                tokenizer=tokenizer,
+            )  # fmt: skip
             experiment = dataclasses.replace(row.experiment, run=run)
             runs.append(Run(row=row.name, seed=seed, experiment=experiment, flops=row.flops))
     return runs
+
+
+def shared_run(study: StudyConfig, base: Experiment) -> Run | None:
+    """The run that makes the tokenizer and the codes of all rows; None if each makes its own, or they are there."""
+    if study.stages != "generator" or base.run.tokenizer is not None:
+        return None
+    run = dataclasses.replace(base.run, root=str(base.run.folder), name=SHARED)
+    experiment = without_generators(dataclasses.replace(base, run=run))
+    flops = training_costs(experiment)["tokenizer"].total(base.tokenizer.train.steps)
+    return Run(row=SHARED, seed=run.seed, experiment=experiment, flops=flops)
+
+
+def without_generators(experiment: Experiment) -> Experiment:
+    """The tokenizer's part of an experiment: no generators, and no ways to sample from them."""
+    scored = dataclasses.replace(experiment.eval, variants={}, snapshots=False)
+    return dataclasses.replace(experiment, autoregressive=None, diffusion=None, eval=scored)
 
 
 def threads_each(study: StudyConfig, base: RunConfig) -> int:
@@ -106,27 +135,51 @@ def train_of(experiment: Experiment, stage: str) -> TrainConfig:
     return getattr(experiment, stage).train
 
 
-def tell_plan(study: StudyConfig, rows: Sequence[Row], base: RunConfig, seeds: Sequence[int], *, left: int) -> str:
-    """Rows, steps, FLOPs and time, as a dry run tells them; the time is measured on the way."""
+def tell_plan(
+    study: StudyConfig, rows: Sequence[Row], base: RunConfig, seeds: Sequence[int], *, left: int, first: Run | None
+) -> str:
+    """Rows, steps, FLOPs and time, as a dry run tells them; the time is measured on the way.
+
+    `first` is the run that makes the tokenizer of all rows, if there is one and it is not done.
+    """
     threads = threads_each(study, base)
     torch.set_num_threads(threads)
     rate = product_rate(base)
-    lines = [("row", "steps", "FLOP per run", "time per run", "what differs")]
-    total, ways = 0.0, list[str]()
-    for row in rows:
-        per_step, way = step_seconds(row.experiment, rate)
-        seconds = sum(row.steps[stage] * per_step[stage] for stage in row.costs)
-        total += seconds * len(seeds)
-        ways.append(way)
+    times = [_run_times(study, row, rate) for row in rows]
+    training, sampling = (sum(each[part] for each in times) * len(seeds) / study.jobs for part in ("train", "sample"))
+    cost = [f"training alone, {study.jobs} at a time on {threads} threads each: about {clock(training)} in all"]
+    if first is not None:
+        steps = first.experiment.tokenizer.train.steps
+        seconds = steps * step_seconds(first.experiment, rate)[0]["tokenizer"]
+        cost.append(f"before it one tokenizer for all rows, {steps:,} steps: about {clock(seconds)}")
+    if sampling:
+        passes = "forward passes alone, variants and snapshots included"
+        cost.append(f"sampling for the scores, {passes}: about {clock(sampling)} more")
+    count = f"{len(rows)} rows x {len(seeds)} seeds ({', '.join(map(str, seeds))}) = {len(rows) * len(seeds)} runs"
+    head = [study.title, f"{count}, {left} not done, in {base.folder}/"]
+    told = "; ".join(dict.fromkeys(each["way"] for each in times))
+    return "\n".join([*head, "", *_row_lines(rows, times), "", *cost, f"time {told}"])
+
+
+def _run_times(study: StudyConfig, row: Row, rate: float) -> dict[str, Any]:
+    """Seconds that one run of a row trains and samples for its scores, and how they were found."""
+    per_step, way = step_seconds(row.experiment, rate)
+    train = sum(row.steps[stage] * per_step[stage] for stage in row.costs)
+    sample = 0.0 if study.stages == "tokenizer" else sampling_seconds(row.experiment, rate)
+    return {"train": train, "sample": sample, "way": way}
+
+
+def _row_lines(rows: Sequence[Row], times: Sequence[dict[str, Any]]) -> list[str]:
+    """The table of a dry run."""
+    sampled = any(each["sample"] for each in times)
+    extra = ("sampling per run",) if sampled else ()
+    lines: list[tuple[str, ...]] = [("row", "steps", "FLOP per run", "time per run", *extra, "what differs")]
+    for row, each in zip(rows, times, strict=True):
         steps = " + ".join(f"{count:,}" for count in row.steps.values())
         changes = ", ".join(f"{key.split('.')[-1]}={_short(value)}" for key, value in row.values.items())
-        lines.append((row.name, steps, quantity(row.flops, "FLOP"), clock(seconds), changes or "the base"))
-    count = len(rows) * len(seeds)
-    seeds_told = ", ".join(map(str, seeds))
-    head = f"{study.title}\n{len(rows)} rows x {len(seeds)} seeds ({seeds_told}) = {count} runs, {left} not done"
-    cost = f"training alone, {study.jobs} at a time on {threads} threads each: about {clock(total / study.jobs)} in all"
-    told = "; ".join(dict.fromkeys(ways))
-    return "\n".join([f"{head}, in {base.folder}/", "", *_aligned(lines), "", f"{cost}", f"time {told}"])
+        seconds = (clock(each["train"]), *((clock(each["sample"]),) if sampled else ()))
+        lines.append((row.name, steps, quantity(row.flops, "FLOP"), *seconds, changes or "the base"))
+    return _aligned(lines)
 
 
 def _within_budget(row: Row, reference: Row) -> Row:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -12,11 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from tokenloom.dry_run import quantity
-from tokenloom.run_files import RunFiles
+from tokenloom.score_table import kind_of
 from tokenloom.study_config import GroupConfig, MetricConfig
-from tokenloom.study_plan import Row, Run
+from tokenloom.study_plan import Row
 from tokenloom.study_results import Found, grouped, key_of, label_of, scale_of
-from tokenloom.study_statistics import mean_interval
 
 # Okabe & Ito (2008): told apart without colour vision. The baseline is black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#882255")
@@ -25,6 +23,7 @@ BLACK, GREY = "#000000", "#767676"
 COLUMNS = 3
 PANEL = 3.7  # inches
 DPI = 100
+BAR_DISTANCE = 0.006  # of the axis
 WIDE_RATIO = 8  # values of x that span more get a logarithmic axis
 STYLE: dict[str, Any] = {"fontsize": 9}
 
@@ -51,28 +50,21 @@ def plot(found: Found) -> bytes:
     return _png(figure)
 
 
-def curves(found: Found, runs: Sequence[Run]) -> bytes:
-    """PNG: the study's curve against what the training has cost, mean over seeds; a panel for each group of rows."""
+def curves(found: Found) -> bytes:
+    """PNG: the study's curve against what the training has cost, mean over seeds; a panel for each group of rows.
+
+    Scores, of which there are a few, come with the intervals of their means.
+    """
     groups = grouped(found.study)
     columns = min(2, len(groups))
     deep = -(-len(groups) // columns)
     figure = Figure(figsize=(columns * 5.2 + 0.4, deep * 3.5), layout="constrained")
     grid = figure.subplots(deep, columns, squeeze=False, sharey=True)
     for axes, group in zip(grid.flat, groups, strict=False):
-        _draw_curves(axes, found, runs, group)
+        _draw_curves(axes, found, group)
     for axes in grid.flat[len(groups) :]:
         axes.set_axis_off()
     return _png(figure)
-
-
-def course(found: Found, row: Row, runs: Sequence[Run]) -> list[tuple[float, float]]:
-    """(cost, mean over seeds) of the study's curve, at steps that all of the row's runs have."""
-    curve = found.study.curve
-    told = [_line(RunFiles(run.folder), curve.stage, curve.metric) for run in runs if run.row == row.name]
-    told = [line for line in told if line]
-    shared = sorted(set.intersection(*map(set, told))) if told else []
-    cost: Callable[[int], float] = float if found.study.budget == "steps" else row.costs[curve.stage].total
-    return [(cost(step), mean_interval([line[step] for line in told]).value) for step in shared]
 
 
 def _places(found: Found) -> dict[tuple[str, str], float]:
@@ -113,10 +105,14 @@ def _draw_rows(
 def _limits(found: Found, key: str, scale: float) -> tuple[float | None, float | None]:
     """Ends of an axis that shows all values; a whisker longer than all values are apart runs out of the panel."""
     values = [scale * value for table in found.values[key].values() for value in table.values()]
+    means = [found.mean(key, row.name) for row in found.rows]
+    return _window(values, [scale * bound for mean in means if mean for bound in mean[0].interval or ()])
+
+
+def _window(values: Sequence[float], bounds: Sequence[float]) -> tuple[float | None, float | None]:
+    """Ends of an axis with all values, and of the bounds around them what lies no further off than they are apart."""
     if not values or min(values) == max(values):
         return None, None
-    means = [found.mean(key, row.name) for row in found.rows]
-    bounds = [scale * bound for mean in means if mean for bound in mean[0].interval or ()]
     low, high = min(values), max(values)
     reach, margin = high - low, 0.05 * (high - low)
     return max(low - reach, min([low, *bounds])) - margin, min(high + reach, max([high, *bounds])) + margin
@@ -187,24 +183,34 @@ def _number_axis(axes: Axes, values: Sequence[float]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _draw_curves(axes: Axes, found: Found, runs: Sequence[Run], group: GroupConfig) -> None:
-    reference = found.study.reference
+def _draw_curves(axes: Axes, found: Found, group: GroupConfig) -> None:
+    reference, curve = found.study.reference, found.study.curve
     names = [reference, *(name for name in group.rows if name != reference)]
     by_name = {row.name: row for row in found.rows}
-    scale = scale_of(found.study.curve.metric.split("/")[-1])
+    scale = scale_of(curve.name.split("/")[-1])
     for number, name in enumerate(names):
-        points = course(found, by_name[name], runs)
+        points = found.courses[name]
         colour = BLACK if name == reference else COLOURS[(number - 1) % len(COLOURS)]
         dashes = DASHES[max(0, number - 1) // len(COLOURS) % len(DASHES)]
         if points:
-            xs, ys = zip(*points, strict=True)
-            shown = [scale * y for y in ys]
+            xs = [_cost(found, by_name[name], step) for step in points]
+            shown = [scale * estimate.value for estimate, _ in points.values()]
             axes.plot(xs, shown, dashes, color=colour, label=name, linewidth=1.5, marker="o", ms=2.5)
+            aside = BAR_DISTANCE * xs[-1] * (number - (len(names) - 1) / 2)  # bars of several rows, side by side
+            for x, (estimate, _) in zip(xs, points.values(), strict=True):
+                if curve.score is not None and estimate.interval:
+                    bounds = [scale * bound for bound in estimate.interval]
+                    axes.plot([x + aside] * 2, bounds, "-", color=colour, linewidth=1.0, alpha=0.6)
+    if curve.score is not None:
+        told = [estimate for line in found.courses.values() for estimate, _ in line.values()]
+        bounds = [scale * bound for estimate in told for bound in estimate.interval or ()]
+        axes.set_ylim(*_window([scale * estimate.value for estimate in told], bounds))
     axes.set_title(group.title, fontsize=9, fontweight="bold")
-    cost = "training steps" if found.study.budget == "steps" else f"training FLOPs of the {found.study.curve.stage}"
+    cost = "training steps" if found.study.budget == "steps" else f"training FLOPs of the {curve.stage}"
     axes.set_xlabel(cost, **STYLE)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: quantity(value)))
-    axes.set_ylabel(found.study.curve.metric + (", %" if scale != 1 else ""), **STYLE)
+    label = curve.metric if curve.score is None else f"{curve.stage}: {kind_of(curve.score).label}"
+    axes.set_ylabel(label + (", %" if scale != 1 else ""), **STYLE)
     axes.tick_params(labelsize=8, labelleft=True)
     axes.grid(color="#dddddd", linewidth=0.6)
     if axes.lines:
@@ -212,9 +218,9 @@ def _draw_curves(axes: Axes, found: Found, runs: Sequence[Run], group: GroupConf
     _plain(axes)
 
 
-def _line(files: RunFiles, stage: str, metric: str) -> dict[int, float]:
-    found = {line["step"]: line[metric] for line in files.metrics(stage) if metric in line}
-    return {step: value for step, value in found.items() if isinstance(value, float | int) and math.isfinite(value)}
+def _cost(found: Found, row: Row, step: int) -> float:
+    """What the axis of costs shows at a step."""
+    return step if found.study.budget == "steps" else row.costs[found.study.curve.stage].total(step)
 
 
 def _plain(axes: Axes) -> None:

@@ -15,11 +15,13 @@ from tokenloom.dry_run import quantity
 from tokenloom.run_files import RunFiles
 from tokenloom.score_table import PERCENT, find, kind_of, written
 from tokenloom.study_config import GroupConfig, MetricConfig, StudyConfig
+from tokenloom.study_course import Course, course, curve_protocol, unlike_scores
 from tokenloom.study_jobs import changed_settings, finished
 from tokenloom.study_plan import Row, Run
 from tokenloom.study_statistics import CONFIDENCE, excludes_zero, mean_interval, paired_difference
 
 SPEED = "images_per_second"
+SAMPLING = ("solver", "num_steps", "steps", "guidance", "temperature", "top_k", "top_p")  # settings that are told
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 Values = dict[str, dict[str, dict[int, float]]]
 """By metric key, row and seed."""
@@ -39,6 +41,8 @@ class Found:
     """By metric key, what the scores were measured under."""
     runs: dict[str, dict[int, dict[str, Any]]]
     """By row and seed: state, seconds."""
+    courses: dict[str, Course]
+    """By row, the study's curve."""
     problems: dict[str, str]
     """By name of a run, what went wrong."""
 
@@ -85,8 +89,24 @@ def gather(study: StudyConfig, rows: Sequence[Row], runs: Sequence[Run], problem
     seeds = sorted({run.seed for run in runs})
     return Found(
         study=study, rows=rows, seeds=seeds, values=values, names=names, protocols=protocols, runs=told,
-        problems=problems,
+        courses=_courses(study, rows, runs, problems), problems=problems,
     )  # fmt: skip
+
+
+def _courses(
+    study: StudyConfig, rows: Sequence[Row], runs: Sequence[Run], problems: dict[str, str]
+) -> dict[str, Course]:
+    """The study's curve of each row; a run whose scores are of another protocol than the baseline's is left out."""
+    curve, protocol = study.curve, dict[str, Any]()
+    kept: dict[str, list[Run]] = {row.name: [] for row in rows}
+    for run in sorted(filter(finished, runs), key=lambda run: run.row != study.reference):
+        protocol = protocol or curve_protocol(curve, run)
+        unlike = unlike_scores(curve, run, protocol)
+        if unlike:
+            problems.setdefault(run.name, f"its {curve.name} was measured under another {', '.join(unlike)}")
+        else:
+            kept[run.row].append(run)
+    return {name: course(curve, found) for name, found in kept.items()}
 
 
 def results_json(found: Found) -> dict[str, Any]:
@@ -105,6 +125,9 @@ def results_json(found: Found) -> dict[str, Any]:
             "differences": {key: _stated(found.difference(key, row.name)) for key in found.values},
         }
     metrics = {key: {"name": name, "protocol": found.protocols.get(key)} for key, name in found.names.items()}
+    if found.study.curve.score is not None:
+        for name, line in found.courses.items():
+            rows[name]["curve"] = {str(step): _stated(value) for step, value in line.items()}
     study = to_dict(found.study)
     del study["rows"]
     facts = {"confidence": CONFIDENCE, "interval": "Student t over seeds", "baseline": found.study.reference}
@@ -117,8 +140,9 @@ def results_markdown(found: Found) -> str:
     parts = [f"# {study.title}", study.question, _told_budget(found), _told_statistics(found)]
     for group in grouped(study):
         parts += [f"## {group.title}", _table(found, group.rows), _differences(found, group.rows)]
-    parts += [_told_measurement(found), "![Scores of every seed, with intervals](plot.png)"]
-    parts.append(f"![{study.curve.metric} in the course of the training](curves.png)")
+    parts.append(_by_steps(found))
+    parts += [_told_measurement(found), _told_sampling(found), "![Scores of every seed, with intervals](plot.png)"]
+    parts.append(f"![{study.curve.name} in the course of the training](curves.png)")
     if found.problems:
         listed = "\n".join(f"- {name}: {trouble}" for name, trouble in found.problems.items())
         parts.append(f"## What went wrong\n\n{listed}")
@@ -205,12 +229,29 @@ def _differences(found: Found, names: Sequence[str]) -> str:
     return _markdown(lines) if len(lines) > 1 else ""
 
 
+def _by_steps(found: Found) -> str:
+    """The score that the study's curve shows: a table with a column for each step; empty if it is of no score."""
+    curve = found.study.curve
+    if curve.score is None:
+        return ""
+    steps = sorted({step for line in found.courses.values() for step in line})
+    lines = [["row", *(f"{step:,}" for step in steps)]]
+    for row in found.rows:
+        lines.append([row.name, *(_shown(found, curve.score, found.courses[row.name].get(step)) for step in steps)])
+    title = f"## {kind_of(curve.score).label} of the {curve.stage} samples by training steps"
+    return f"{title}\n\n{_markdown(lines)}"
+
+
 def _cell(found: Found, metric: MetricConfig, result: tuple[Estimate, int] | None, *, signed: bool = False) -> str:
+    """The cell of a metric."""
+    return _shown(found, found.names[key_of(metric)], result, signed=signed)
+
+
+def _shown(found: Found, name: str, result: tuple[Estimate, int] | None, *, signed: bool = False) -> str:
     """`24.51 (24.32 to 24.70)`; n is told where it is not the number of seeds."""
     if result is None:
         return "\N{EN DASH}"
     (value, interval), n = result
-    name = found.names[key_of(metric)]
 
     def shown(number: float) -> str:
         text = written(name, number, like=value)
@@ -235,16 +276,30 @@ def _told_budget(found: Found) -> str:
     ]
     cost = f"{quantity(reference.flops, 'FLOP')} in all"
     what = {"flops": "FLOPs of training", "steps": "training steps"}[found.study.budget]
-    return f"Every row has the same {what}. The baseline `{reference.name}`: {', '.join(parts)}, {cost}."
+    shared = " All rows take one tokenizer and its codes." if found.study.stages == "generator" else ""
+    return f"Every row has the same {what}.{shared} The baseline `{reference.name}`: {', '.join(parts)}, {cost}."
 
 
 def _told_statistics(found: Found) -> str:
     seeds = ", ".join(map(str, found.seeds))
+    same = "the test images are" if found.study.stages == "tokenizer" else "real images and the samples' noise are"
     return (
         f"Means over the seeds {seeds} with 95 % intervals by Student's t. Seeds change weights and order of the data; "
-        "the test images are the same. Differences are paired by seed; those whose interval leaves out 0 are bold. "
+        f"{same} the same. Differences are paired by seed; those whose interval leaves out 0 are bold. "
         f"Intervals are not widened for the number of rows. Written {time.strftime('%Y-%m-%d')}."
     )
+
+
+def _told_sampling(found: Found) -> str:
+    """How the baseline's samples were drawn, subject by subject."""
+    told = {}
+    for metric in found.study.metrics:
+        facts = found.protocols.get(key_of(metric), {}).get("subject") or {}
+        settings = facts.get("settings") or {}
+        shown = ", ".join(f"{key} {settings[key]}" for key in SAMPLING if key in settings)
+        if shown:
+            told[metric.subject] = f"`{metric.subject}`: {shown}"
+    return f"How the baseline's samples were drawn: {'; '.join(told.values())}." if told else ""
 
 
 def _told_measurement(found: Found) -> str:
@@ -252,7 +307,9 @@ def _told_measurement(found: Found) -> str:
     if not facts:
         return ""
     data = facts[0].get("data") or {}
-    images = f"{facts[0].get('num_real', 0):,} test images of {facts[0].get('size')} pixels"
+    made, real = facts[0].get("num_generated"), facts[0].get("num_real", 0)
+    images = f"{made:,} samples against {real:,} training images" if made else f"{real:,} test images"
+    images += f" of {facts[0].get('size')} pixels"
     origin = data.get("name") or data.get("path") or data.get("source")
     features = {told["name"]: told["weights"][:8] for fact in facts if (told := fact.get("features"))}
     judged = "".join(f"; features {name} ({weights})" for name, weights in features.items())

@@ -32,6 +32,31 @@ def test_files_are_merged_in_order_and_overrides_win(tmp_path: Path) -> None:
     assert trial.run.folder == Path("runs/x")
 
 
+def test_widths_are_a_list_on_the_command_line(tmp_path: Path) -> None:
+    trial = config.load(Trial, ["--train.ema_widths=[0.05,0.1]", "--train.snapshot_every=500"])
+    assert trial.train.ema_widths == (0.05, 0.1)
+    assert config.load(Trial, ["--config", write(tmp_path, config.to_yaml(trial))]) == trial
+
+
+def test_dotted_keys_change_a_configuration_as_strictly_as_a_file() -> None:
+    trial = config.load(Trial, ["--train.steps=7"])
+    other = config.changed(trial, {"train.learning_rate": 0.5, "second.batch_size": 4}, "there")
+    assert (other.train.steps, other.train.learning_rate, trial.train.learning_rate) == (7, 0.5, 1e-3)
+    assert other.second is not None and other.second.batch_size == 4 and trial.second is None
+    for values, message in (
+        ({"train.stpes": 7}, r"unknown key 'train\.stpes' in there: did you mean 'train\.steps'"),
+        ({"train.steps": "many"}, r"there: .*steps.*many"),
+        ({"train.ema": 2.0}, r"there: .*train\.ema=2\.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config.changed(trial, values, "there")
+
+
+def test_a_tokenizer_of_another_run_lies_in_its_folder() -> None:
+    assert RunConfig(name="a").tokenizer_folder == Path("runs/a")
+    assert RunConfig(name="a", tokenizer="runs/b").tokenizer_folder == Path("runs/b")
+
+
 def test_an_absent_section_stays_absent() -> None:
     assert config.load(Trial, []).second is None
 
@@ -48,6 +73,10 @@ def test_what_is_written_reads_back_equal(tmp_path: Path) -> None:
         ("second: {stpes: 7}", [], r"unknown key 'second\.stpes' .* did you mean 'second\.steps'"),
         ("run: {seed: 1}", ["--train.stpes=3"], r"unknown key 'train\.stpes' in the command line"),
         ("run: {seed: 1}", ["--train.steps=many"], r"train\.steps.*many"),
+        ("train: {ema_widths: [0.05, 0.1]}", [], r"train\.ema_widths=\[0\.05, 0\.1\] .*set train\.snapshot_every"),
+        ("train: {ema_widths: [0.3], snapshot_every: 5}", [], r"ema_widths=\[0\.3\] must lie between 0 and 0\.28"),
+        ("train: {ema_widths: [0.1, 0.1], snapshot_every: 5}", [], r"ema_widths=\[0\.1, 0\.1\] .* differ"),
+        ("train: {snapshot_every: -1}", [], r"train\.snapshot_every=-1 must not be negative"),
         ("run: {seed: 1}", ["--second.decay=sideways"], r"decay.*cosine.*sideways"),
         ("train: {ema: 2}", [], r"train\.ema=2.*\[0, 1\)"),
         ("run: {seed: 1}", ["--second.steps=0"], r"train\.steps=0 must be at least 1"),

@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.checkpoint import checkpoints
+from engine.checkpoint import checkpoints, load_checkpoint
 from engine.config import TrainConfig
 from engine.log import read_metrics
 from engine.loop import _Trainer
+from engine.snapshots import averaged_at, read_snapshot, snapshots
 from engine.task import Task
 
 sys.path.insert(0, str(Path(__file__).parent))
-from toy import flat, train_toy
+from toy import Denoise, flat, train_toy
 
 TOY = [sys.executable, str(Path(__file__).parent / "toy.py")]
 
@@ -38,11 +39,17 @@ def logged(folder: Path) -> list[dict]:
     return [{k: v for k, v in record.items() if k != "samples_per_second"} for record in read_metrics(folder)]
 
 
+def kept(folder: Path) -> dict[str, bytes]:
+    """All files of the snapshots."""
+    files = sorted(path for path in (folder / "snapshots").rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
 def test_killed_at_random_moments_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
-    expected, _ = train_toy(tmp_path / "whole", steps=60, dropout=0.2)
+    expected, _ = train_toy(tmp_path / "whole", steps=60, dropout=0.2, snapshot_every=9)
     moments = random.Random(0)
     for _ in range(4):
-        process = start(tmp_path / "killed", "steps=60", "dropout=0.2", "pause=0.02")
+        process = start(tmp_path / "killed", "steps=60", "dropout=0.2", "pause=0.02", "snapshot_every=9")
         count = len(read_metrics(tmp_path / "killed"))
         wait_for(lambda count=count: len(read_metrics(tmp_path / "killed")) > count, process)
         time.sleep(moments.random() * 0.2)
@@ -50,8 +57,9 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(tmp_path: Pat
         process.communicate()
         assert process.returncode == -signal.SIGKILL
     assert 4 <= len(read_metrics(tmp_path / "killed")) < len(read_metrics(tmp_path / "whole"))
-    actual, task = train_toy(tmp_path / "killed", steps=60, dropout=0.2)
+    actual, task = train_toy(tmp_path / "killed", steps=60, dropout=0.2, snapshot_every=9)
     assert actual == expected
+    assert kept(tmp_path / "killed") == kept(tmp_path / "whole") and len(kept(tmp_path / "whole")) == 4 * 7
     assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
     assert task.good == 60
 
@@ -133,6 +141,77 @@ def test_the_last_and_the_milestone_checkpoints_are_kept(tmp_path: Path) -> None
     assert [int(p.name[5:]) for p in checkpoints(tmp_path / "checkpoints")] == [15, 30, 35, 40]
 
 
+def test_snapshots_hold_what_sampling_would_use_and_the_widths(tmp_path: Path) -> None:
+    train_toy(tmp_path, steps=20, snapshot_every=8)
+    there = snapshots(tmp_path)
+    assert list(there) == [8, 16, 20]
+    saved = load_checkpoint(tmp_path / "checkpoints")
+    assert saved is not None
+    _, averaged, state = saved
+    assert state["updates"] == {"first": 20, "first@0.05": 20, "first@0.1": 20}
+    assert json.loads((there[16] / "snapshot.json").read_text())["updates"] == 16
+    for found, key in (
+        (read_snapshot(tmp_path, 20), "first"),
+        (averaged_at(tmp_path, 20, 0.05), "first@0.05"),
+        (averaged_at(tmp_path, 20, 0.1), "first@0.1"),
+    ):
+        assert found.keys() == averaged[key].keys()
+        assert all(torch.equal(found[name], averaged[key][name]) for name in found)
+    assert not torch.equal(averaged["first"]["3.weight"], averaged["first@0.05"]["3.weight"])
+
+
+def test_snapshots_without_an_average_hold_the_weights(tmp_path: Path) -> None:
+    train_toy(tmp_path, steps=6, snapshot_every=6, ema=0.0)
+    saved = load_checkpoint(tmp_path / "checkpoints")
+    assert saved is not None
+    assert all(torch.equal(value, saved[0]["first"][name]) for name, value in read_snapshot(tmp_path, 6).items())
+
+
+@pytest.mark.parametrize("at", [8, 16, 20])
+def test_a_run_stopped_around_a_snapshot_has_the_same_snapshots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """Between a snapshot and the checkpoint of its step, or at one of an older checkpoint."""
+    expected, _ = train_toy(tmp_path / "whole", steps=20, snapshot_every=8)
+
+    class Killed(_Trainer):
+        def save(self) -> None:
+            if self.step >= at:
+                raise KeyboardInterrupt
+            super().save()
+
+    monkeypatch.setattr("engine.loop._Trainer", Killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_toy(tmp_path / "killed", steps=20, snapshot_every=8, checkpoint_every=4)
+    monkeypatch.undo()
+    assert at in snapshots(tmp_path / "killed")
+    assert train_toy(tmp_path / "killed", steps=20, snapshot_every=8, checkpoint_every=4)[0] == expected
+    assert kept(tmp_path / "killed") == kept(tmp_path / "whole")
+
+
+def test_snapshots_beyond_the_checkpoint_that_is_resumed_are_dropped(tmp_path: Path) -> None:
+    train_toy(tmp_path, steps=40, snapshot_every=8)
+    (checkpoints(tmp_path / "checkpoints")[-1] / "model.safetensors").unlink()
+    with pytest.warns(UserWarning, match="is damaged"):
+        train_toy(tmp_path, steps=37, snapshot_every=8)
+    assert list(snapshots(tmp_path)) == [8, 16, 24, 32, 37]
+
+
+def test_a_skipped_step_does_not_count_in_the_averages(tmp_path: Path) -> None:
+    train_toy(tmp_path, steps=12, snapshot_every=6, bad_steps=range(3, 5))
+    told = [json.loads((path / "snapshot.json").read_text()) for path in snapshots(tmp_path).values()]
+    assert [(each["step"], each["updates"]) for each in told] == [(6, 4), (12, 10)]
+
+
+def test_snapshots_of_no_network_or_of_several_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for averaged in ((), ("first", "second")):
+        monkeypatch.setattr(Denoise, "averaged", averaged)
+        with pytest.raises(
+            ValueError, match=rf"snapshot_every=5 .* one network, but here {len(averaged)} are averaged"
+        ):
+            train_toy(tmp_path, steps=10, snapshot_every=5)
+
+
 def test_previews_and_validation_are_written(tmp_path: Path) -> None:
     train_toy(tmp_path, steps=12)
     assert (tmp_path / "previews" / "step-00000010-grey.png").stat().st_size > 0
@@ -140,13 +219,16 @@ def test_previews_and_validation_are_written(tmp_path: Path) -> None:
 
 
 def test_several_processes_train_to_the_weights_of_one(tmp_path: Path) -> None:
-    train_toy(tmp_path / "one")
+    train_toy(tmp_path / "one", snapshot_every=20)
     for parallel in ("ddp", "fsdp"):
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        command = [*torchrun, TOY[1], str(tmp_path / parallel), f"parallel={parallel}"]
+        command = [*torchrun, TOY[1], str(tmp_path / parallel), f"parallel={parallel}", "snapshot_every=20"]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
         assert torch.allclose(flat(tmp_path / "one"), flat(tmp_path / parallel), atol=1e-6)
+        for step, width in ((20, 0.05), (40, 0.1)):
+            one, several = (averaged_at(tmp_path / name, step, width) for name in ("one", parallel))
+            assert all(torch.allclose(one[name], several[name], atol=1e-6) for name in one)
 
 
 def test_metrics_are_json_lines_with_rates(tmp_path: Path) -> None:

@@ -86,12 +86,15 @@ def train_toy(
     parallel: str = "ddp",
     checkpoint_every: int = 7,
     milestone_every: int = 0,
+    snapshot_every: int = 0,
+    ema: float = 0.999,
     batch_size: int = 16,
 ) -> tuple[str, Denoise]:
     """Train and return the sha256 of the final weights, and the task."""
     train = TrainConfig(
         steps=steps, batch_size=batch_size, accumulate=accumulate, learning_rate=learning_rate, log_every=4,
-        preview_every=10, checkpoint_every=checkpoint_every, milestone_every=milestone_every, max_bad_steps=3,
+        preview_every=10, checkpoint_every=checkpoint_every, milestone_every=milestone_every, max_bad_steps=3, ema=ema,
+        snapshot_every=snapshot_every, ema_widths=(0.05, 0.1) if snapshot_every else (),
     )  # fmt: skip
     run = RunConfig(device="cpu", precision="fp32", threads=1, compile=compile, parallel=parallel)  # type: ignore[arg-type]
     task = Denoise(train, dropout=dropout, bad_steps=bad_steps, pause=pause)

@@ -24,6 +24,19 @@ def test_section_survives_yaml(tmp_path) -> None:
     assert load(Outer, ["--config", str(path)]) == read
 
 
+def test_variants_survive_yaml_and_the_command_line(tmp_path) -> None:
+    path = tmp_path / "config.yaml"
+    variants = {"cfg2": {"diffusion.sample.guidance": 2}}
+    path.write_text(yaml.safe_dump({"eval": {"variants": variants}}))
+    read = load(Outer, ["--config", str(path)])
+    assert read.eval.variants == variants
+    path.write_text(to_yaml(read))
+    assert load(Outer, ["--config", str(path)]) == read
+    other = load(Outer, ["--config", str(path), "--eval.variants={cold: {diffusion.sample.eta: 0.5}}"])
+    assert other.eval.variants == {"cold": {"diffusion.sample.eta": 0.5}}
+    assert load(Outer, ["--config", str(path), "--eval.variants={}"]).eval.variants == {}
+
+
 def test_kid_uses_inception_wherever_it_is_listed() -> None:
     assert EvalConfig(features=("random", "inception")).main_features == "inception"
     assert EvalConfig(features=("random", "classifier")).main_features == "random"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from engine.checkpoint import load_model, save_model
 from engine.config import DataConfig, RunConfig
 from engine.device import setup
+from engine.snapshots import write_snapshot
 from eval.config import RejectionConfig
 from eval.protocol import read_scores
 from eval.run import check
@@ -135,6 +137,42 @@ def test_the_best_candidates_are_scored_under_their_own_name(run: RunConfig, cap
     names = {entry["subject"] for entry in read_scores(run.folder / "eval" / "metrics.json")}
     assert {name for name in names if "@" in name} == {"autoregressive@accept0.4"}
     assert [folder.name for folder in pool.parent.glob("*@*")] == ["autoregressive@accept0.4"]
+
+
+def test_variants_and_snapshots_are_scored_under_their_own_names(run: RunConfig) -> None:
+    folder, last = run.folder / "diffusion", FAMILIES["diffusion"].train.steps
+    _, weights = load_model(folder)
+    for step, scale in ((100, 0.5), (last, 1.0)):
+        network = {name: scale * value for name, value in weights.items()}
+        write_snapshot(folder / "snapshots", step, updates=step, model=network, widths={})
+    variants = {"cfg2": {"diffusion.sample.guidance": 2.0}, "cold": {"autoregressive.sample.temperature": 0.5}}
+    config = dataclasses.replace(EVAL, features=("random",), snapshots=True, variants=variants)
+    found = scores(run, "fid", config)
+    others = {"diffusion@cfg2", "diffusion@step100", "autoregressive@cold"}
+    assert {subject for subject, _ in found} == {"real", *FAMILIES, *others}
+    told = {subject: entry["protocol"]["subject"] for (subject, name), entry in found.items() if name == "fd_random"
+            and subject != "real"}  # fmt: skip
+    assert (told["diffusion"]["settings"]["guidance"], told["diffusion@cfg2"]["settings"]["guidance"]) == (1, 2)
+    assert told["diffusion@step100"]["weights"] == "ema 0.999 at step 100"
+    models = {subject: each["generator"] for subject, each in told.items()}
+    assert models["diffusion@cfg2"] == models["diffusion"] != models["diffusion@step100"]
+    assert len({entry["protocol"]["hash"] for (_, name), entry in found.items() if name == "fd_random"}) == 1
+    samples, metrics = run.folder / "samples", run.folder / "eval" / "metrics.json"
+    assert {each.name for each in samples.glob("*@*")} == others
+    scores(run, "reconstruction", config)
+    assert others <= {entry["subject"] for entry in read_scores(metrics)}  # they are of models that are still there
+    scores(run, "fid", dataclasses.replace(config, snapshots=False, variants={"cfg2": variants["cfg2"]}))
+    assert {entry["subject"] for entry in read_scores(metrics)} & others == {"diffusion@cfg2"}
+    assert {each.name for each in samples.glob("*@*")} == {"diffusion@cfg2"}
+
+
+def test_a_tokenizer_of_another_run_is_the_one_that_is_scored(run: RunConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(EVAL, features=("random",))
+    own = scores(run, config=config)
+    shutil.move(run.folder / "tokenizer", tmp_path / "other" / "tokenizer")
+    taken = scores(dataclasses.replace(run, tokenizer=str(tmp_path / "other")), config=config)
+    assert {key: entry["value"] for key, entry in taken.items()} == {key: entry["value"] for key, entry in own.items()}
+    assert taken["tokenizer", "psnr"]["protocol"]["subject"]["weights"] == "raw"  # as its own card tells, not the YAML
 
 
 def test_models_without_classes_are_not_picked_from(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -145,7 +145,7 @@ def test_a_stream_refuses_at_the_call(generator: Autoregressive) -> None:
 
 
 def test_bf16_is_refused_where_hardware_has_none(generator: Autoregressive, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("generator.autoregressive.has_bf16", lambda _: False)
+    monkeypatch.setattr("engine.device.has_bf16", lambda _: False)
     with pytest.raises(ValueError, match=r"autoregressive\.sample\.precision=bf16, but this cpu has no bf16 .* fp32"):
         generator.stream(None, [0], precision="bf16")
     generator.sample(None, [0], precision="fp32")
@@ -154,7 +154,7 @@ def test_bf16_is_refused_where_hardware_has_none(generator: Autoregressive, monk
 def test_bf16_decodes_with_a_copy_and_leaves_the_network_alone(
     generator: Autoregressive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("generator.autoregressive.has_bf16", lambda _: True)  # in software it is but slow
+    monkeypatch.setattr("engine.device.has_bf16", lambda _: True)  # in software it is but slow
     labels, seeds = torch.tensor([0, 1, 2]), [5, 6, 7]
     before = generator.sample(labels, seeds, temperature=0)
     half = generator.sample(labels, seeds, temperature=0, precision="bf16")

@@ -14,9 +14,21 @@ from torch import Tensor, nn
 from engine.batches import StepRandom
 from engine.config import TrainConfig, to_dict
 from engine.shards import Shards, ShardWriter, open_shards
-from generator.config import DenoiserModelConfig, DiffusionConfig, DiffusionSampleConfig, ScheduleConfig
+from generator.config import (
+    DenoiserModelConfig,
+    DiffusionConfig,
+    DiffusionSampleConfig,
+    MixedScheduleConfig,
+    ScheduleConfig,
+)
+from generator.denoiser import DiT
 from generator.diffusion import Diffusion
 from generator.diffusion_task import DiffusionTask
+from generator.objective import TARGETS, Objective
+from generator.path import PATHS, beside, variance_preserving
+from generator.schedule import build_schedule
+from generator.solvers import SampleNoise
+from generator.steps import solver_levels
 from tokenizer.model import Tokenizer
 
 SHAPE = (2, 4, 4)
@@ -85,7 +97,19 @@ def figures_of(task: DiffusionTask) -> dict[str, float]:
     return task.validate()
 
 
-@pytest.mark.parametrize("settings", [{}, {"eta": 1.0}, {"solver": "heun", "guidance": 2.0}, {"steps": "flow"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"eta": 1.0},
+        {"solver": "heun", "guidance": 2.0},
+        {"solver": "ddpm", "steps": "time", "from_zero_snr": True},
+        {"solver": "euler", "steps": "flow", "guidance": 3.0, "guidance_rescale": 0.7},
+        {"solver": "dpmpp_2m", "steps": "logsnr", "guidance": 2.0, "guidance_first": -1.0, "guidance_last": 3.0},
+        {"solver": "sde_dpmpp_2m", "steps": "karras", "rho": 3.0},
+        {"solver": "euler_maruyama", "steps": "list", "levels": [-9, -2, 0, 3], "snapshot": 3, "ema_width": 0.1},
+    ],
+)
 def test_a_sample_depends_on_its_seed_and_label_alone(trained: DiffusionTask, settings: dict[str, Any]) -> None:
     labels = torch.tensor([0, 1, -1, 1])
     together = trained.generator.sample(labels, [5, 6, 7, 8], **SAMPLING, **settings)
@@ -122,6 +146,111 @@ def test_guidance_one_is_no_guidance_and_more_pushes_further(trained: DiffusionT
         trained.generator.sample(labels, seeds, **SAMPLING, guidance=0.0), null, rtol=1e-4, atol=1e-4
     )
     assert not torch.allclose(plain, trained.generator.sample(labels, seeds, **SAMPLING, guidance=3.0), atol=1e-2)
+
+
+@pytest.mark.parametrize("bounds", [{"guidance_first": 20.0}, {"guidance_last": -20.0}])
+def test_guidance_outside_all_steps_is_no_guidance(trained: DiffusionTask, bounds: dict[str, Any]) -> None:
+    labels, seeds = torch.tensor([1, 0]), [0, 1]
+    plain = trained.generator.sample(labels, seeds, **SAMPLING)
+    torch.testing.assert_close(
+        plain, trained.generator.sample(labels, seeds, **SAMPLING, guidance=3.0, **bounds), rtol=0, atol=0
+    )
+
+
+class Ideal(nn.Module):
+    """The best network for latents N(0, 1/4), in the terms of any objective."""
+
+    latent_shape, blocks = SHAPE, ()
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        self.objective, self.positions = objective, torch.zeros(0)
+
+    def forward(self, seen: Tensor, logsnr: Tensor, labels: Tensor) -> Tensor:
+        z = seen / self.objective.network_input(torch.ones_like(seen), logsnr)
+        alpha, sigma = (beside(value, z) for value in variance_preserving(logsnr))
+        x0 = alpha * z / (alpha**2 + 4 * sigma**2)
+        return self.objective.target_of(x0, (z - alpha * x0) / sigma, logsnr)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_samples_of_ideal_networks_do_not_depend_on_path_and_target(path: str, target: str) -> None:
+    """The solvers' own test has the closed form; here its end is x0 = eps / 2 up to the steps' error."""
+    told = {"path": path, "target": target, "sigma_data": 0.7, "model": to_dict(MODEL)}
+    card = {"config": told, "num_classes": 0, "class_names": [], "tokenizer_fingerprint": "grey"}
+    generator = Diffusion(cast(DiT, Ideal(Objective.from_config(told))), card)
+    start = SampleNoise([1, 2], SHAPE)()
+    made = generator.sample(None, [1, 2], solver="heun", steps="flow", num_steps=40)
+    torch.testing.assert_close(made, start / 2, rtol=0, atol=2e-3 * float(start.abs().max()))
+    if target not in ("eps", "velocity"):
+        made = generator.sample(None, [1, 2], solver="heun", steps="flow", num_steps=40, from_zero_snr=True)
+        torch.testing.assert_close(made, start / 2, rtol=0, atol=2e-3 * float(start.abs().max()))
+
+
+@pytest.mark.parametrize(("path", "target"), [("vp", "eps"), ("ve", "eps"), ("ve", "velocity")])
+def test_a_start_without_signal_needs_a_target_that_says_something_there(
+    shards: Shards, path: Any, target: Any
+) -> None:
+    task = make_task(shards, DiffusionConfig(model=MODEL, path=path, target=target))
+    with pytest.raises(ValueError, match=r"diffusion\.sample\.from_zero_snr .* train with diffusion\.target=v"):
+        task.generator.sample(None, [0], from_zero_snr=True)
+    task.generator.sample(None, [0], num_steps=1)
+
+
+def guide_of(trained: DiffusionTask, **changed: Any) -> Diffusion:
+    """A weaker network: the same with noise in its weights; keys of its card may be changed."""
+    weights = {key: value + 0.02 * torch.randn_like(value) for key, value in trained.network.state_dict().items()}
+    return Diffusion.from_card({**trained.generator.card, **changed}, weights)
+
+
+@pytest.fixture
+def guidable(trained: DiffusionTask) -> Diffusion:
+    """The trained generator once more, to which a guide may be attached."""
+    return Diffusion.from_card(trained.generator.card, trained.network.state_dict())
+
+
+def test_a_guide_pushes_away_from_itself(trained: DiffusionTask, guidable: Diffusion) -> None:
+    torch.manual_seed(0)
+    labels, seeds, guided = torch.tensor([1, 0]), [0, 1], {**SAMPLING, "guidance": 2.0, "guide": "weaker"}
+    plain = guidable.sample(labels, seeds, **SAMPLING)
+    guidable.guide = Diffusion.from_card(guidable.card, guidable.network.state_dict())
+    torch.testing.assert_close(guidable.sample(labels, seeds, **guided), plain, rtol=1e-4, atol=1e-4)
+    guidable.guide = guide_of(trained)
+    pushed = guidable.sample(labels, seeds, **guided)
+    assert not torch.allclose(pushed, plain, atol=1e-2)
+    nothing = guidable.sample(labels, seeds, **{**guided, "guidance": 0.0})
+    torch.testing.assert_close(nothing, guidable.guide.sample(labels, seeds, **SAMPLING), rtol=1e-4, atol=1e-4)
+    without = trained.generator.sample(labels, seeds, **SAMPLING, guidance=2.0)
+    torch.testing.assert_close(guidable.sample(labels, seeds, **SAMPLING, guidance=2.0), without, rtol=1e-4, atol=1e-4)
+
+
+def test_autoguidance_needs_no_null_label(shards: Shards) -> None:
+    model = DenoiserModelConfig(depth=1, width=32, label_dropout=0.0)
+    sample = DiffusionSampleConfig(guidance=2.0, guide="weaker", num_steps=2)
+    task = make_task(shards, DiffusionConfig(model=model, sample=sample))
+    task.generator.guide = make_task(shards, DiffusionConfig(model=model)).generator
+    task.generator.sample(torch.tensor([0]), [0], num_steps=2, guidance=2.0, guide="weaker")
+
+
+def test_a_missing_or_foreign_guide_is_refused(trained: DiffusionTask, guidable: Diffusion) -> None:
+    guided = {**SAMPLING, "guidance": 2.0, "guide": "weaker"}
+    with pytest.raises(ValueError, match=r"diffusion\.sample\.guide='weaker' is not attached"):
+        guidable.sample(None, [0], **guided)
+    for changed in ({"tokenizer_fingerprint": "other"}, {"class_names": ["low", "high", "no"], "num_classes": 2}):
+        guidable.guide = guide_of(trained, **changed)
+        key = next(iter(changed))
+        with pytest.raises(ValueError, match=rf"guide='weaker' has {key}=.*choose a guide of the same tokenizer"):
+            guidable.sample(None, [0], **guided)
+
+
+def test_steps_in_time_are_those_of_the_training_schedule(shards: Shards) -> None:
+    mixed = ScheduleConfig(kind="laplace", mixed=MixedScheduleConfig(kind="cosine", share=0.2))
+    for config in (mixed, ScheduleConfig(kind="edm", location=1.0), ScheduleConfig()):
+        generator = make_task(shards, DiffusionConfig(model=MODEL, schedule=config)).generator
+        levels = generator.levels(DiffusionSampleConfig(steps="time", num_steps=10))
+        expected = solver_levels("time", 10, first=-10.0, last=10.0, schedule=build_schedule(config))
+        torch.testing.assert_close(levels, expected)
 
 
 def test_labels_are_dropped_at_their_rate(shards: Shards) -> None:
@@ -208,6 +337,21 @@ def test_a_saved_generator_samples_the_same(trained: DiffusionTask) -> None:
     torch.testing.assert_close(
         loaded.sample(labels, [1, 2], **SAMPLING), trained.generator.sample(labels, [1, 2], **SAMPLING)
     )
+
+
+def test_cards_from_before_a_setting_have_its_default(trained: DiffusionTask) -> None:
+    """Only keys that every generator has had: what is younger must be what it was then."""
+    shape = ("preset", "patch_size", "depth", "width", "heads", "mlp_ratio", "label_dropout")
+    told = trained.generator.card["config"]
+    config = {key: told[key] for key in ("path", "target", "weight")}
+    config["schedule"] = {key: told["schedule"][key] for key in ("kind", "location", "scale")}
+    config["model"] = {key: told["model"][key] for key in shape}
+    old = Diffusion.from_card({**trained.generator.card, "config": config}, trained.network.state_dict())
+    for settings in ({}, {"steps": "time", "solver": "heun"}):
+        torch.testing.assert_close(
+            old.sample(None, [3], **SAMPLING, **settings),
+            trained.generator.sample(None, [3], **SAMPLING, **settings),
+        )
 
 
 def test_wrong_labels_shapes_and_settings_are_refused(trained: DiffusionTask) -> None:

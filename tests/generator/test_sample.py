@@ -115,6 +115,17 @@ def test_one_label_and_another_folder(finished: RunConfig, device: Device, tmp_p
         sample(run=finished, config=config, family="autoregressive", device=device, num=0)
 
 
+def test_the_tokenizer_of_another_run_paints(finished: RunConfig, device: Device, tmp_path: Path) -> None:
+    settings = {"config": CONFIGS["diffusion"], "family": "diffusion", "device": device, "num": 2}
+    own = sample(run=finished, **settings, out=tmp_path / "own")
+    (tmp_path / "borrowing").mkdir()
+    (finished.folder / "diffusion").rename(tmp_path / "borrowing" / "diffusion")
+    borrowing = dataclasses.replace(finished, name="borrowing", tokenizer=str(finished.folder))
+    folder = sample(run=borrowing, **settings)
+    assert folder == tmp_path / "borrowing" / "samples" / "diffusion"
+    assert np.array_equal(pictures(folder), pictures(own))
+
+
 def test_samples_are_reused_and_replaced_by_request(finished: RunConfig, device: Device) -> None:
     settings = {"run": finished, "family": "autoregressive", "device": device, "num": 5}
     folder = sample(config=CONFIGS["autoregressive"], **settings)
@@ -207,7 +218,7 @@ def test_compilation_is_passed_on_and_names_no_sample(
 def test_in_bf16_batches_and_compilation_are_part_of_the_request(
     finished: RunConfig, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("generator.autoregressive.has_bf16", lambda _: True)
+    monkeypatch.setattr("engine.device.has_bf16", lambda _: True)
     asked = []
 
     def eagerly(*args, compile: bool, **kwargs) -> torch.Tensor:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import typing
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from generator.config import DiffusionSampleConfig
-from generator.path import cosine_time, flow_time
+from generator.config import DiffusionSampleConfig, MixedScheduleConfig, ScheduleConfig, ScheduleKind
+from generator.path import cosine_time, flow_time, noise_to_signal
+from generator.schedule import build_schedule
 from generator.steps import STEPS, solver_levels
+
+COSINE = build_schedule(ScheduleConfig())
 
 
 def test_every_choice_has_a_row() -> None:
@@ -21,7 +26,8 @@ def test_every_choice_has_a_row() -> None:
 @pytest.mark.parametrize("kind", STEPS)
 @pytest.mark.parametrize("num", [1, 2, 50])
 def test_noise_decreases_from_the_first_level(kind: str, num: int) -> None:
-    levels = solver_levels(kind, num, first=-9.0, last=8.0)
+    listed = torch.linspace(-9, 3, num).tolist() if kind == "list" else ()
+    levels = solver_levels(kind, num, first=-9.0, last=8.0, listed=listed, schedule=COSINE)
     assert levels.shape == (num,)
     assert levels.dtype == torch.float64
     assert float(levels[0]) == pytest.approx(-9.0)
@@ -35,15 +41,78 @@ def test_time_steps_are_even_down_to_clean_data(kind: str, to_time: Callable[[Te
     torch.testing.assert_close(stops.diff(), (-time[0] / 8).expand(8))
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(ScheduleConfig(kind=kind) for kind in typing.get_args(ScheduleKind)),
+        ScheduleConfig(kind="ddpm", zero_terminal=True),
+        ScheduleConfig(kind="laplace", mixed=MixedScheduleConfig(kind="cosine", share=0.3)),
+    ],
+)
+def test_steps_in_the_time_of_any_schedule_are_even(config: ScheduleConfig) -> None:
+    """Of the draws, as many lie between any two stops; the last interval reaches to clean data."""
+    schedule = build_schedule(config)
+    levels = solver_levels("time", 20, first=-9.0, last=8.0, schedule=schedule)
+    share = torch.cat([schedule.cdf(levels), torch.ones(1)])
+    assert float(levels[0]) == pytest.approx(-9.0)
+    torch.testing.assert_close(share.diff(), ((1 - share[0]) / 20).expand(20))
+
+
+def test_steps_in_the_time_of_the_cosine_schedule_are_cosine_steps() -> None:
+    ends = {"first": -9.0, "last": 8.0}
+    torch.testing.assert_close(solver_levels("time", 9, schedule=COSINE, **ends), solver_levels("cosine", 9, **ends))
+
+
+def test_a_schedule_without_so_much_noise_starts_at_its_own_end() -> None:
+    """DDPM's last alpha-bar is 4.03583e-5; EDM's normal has no float64 for its tail below -40."""
+    ddpm, edm = (build_schedule(ScheduleConfig(kind=kind)) for kind in ("ddpm", "edm"))
+    end = math.log(4.03583e-5 / (1 - 4.03583e-5))
+    assert float(solver_levels("time", 5, first=-15.0, last=8.0, schedule=ddpm)[0]) == pytest.approx(end, abs=1e-4)
+    assert float(solver_levels("time", 5, first=-60.0, last=8.0, schedule=edm)[0]) == -60.0
+
+
 def test_logsnr_steps_are_even_from_first_to_last() -> None:
     levels = solver_levels("logsnr", 5, first=-8.0, last=8.0)
     torch.testing.assert_close(levels, torch.tensor([-8.0, -4.0, 0.0, 4.0, 8.0], dtype=torch.float64))
 
 
+def test_karras_steps_are_those_of_edm() -> None:
+    """18 steps from s = 80 to 0.002; the second and third of Karras et al.'s released code, and its end."""
+    first, last = (-2 * math.log(s) for s in (80, 0.002))
+    s = noise_to_signal(solver_levels("karras", 18, first=first, last=last)).tolist()
+    assert [*s[:3], s[-1]] == pytest.approx([80, 57.58598, 40.78557, 0.002], rel=1e-6)
+    root = noise_to_signal(solver_levels("karras", 9, first=first, last=last, rho=3)).pow(1 / 3)
+    torch.testing.assert_close(root.diff(), ((root[-1] - root[0]) / 8).expand(8))
+
+
+@pytest.mark.parametrize("kind", ["cosine", "flow", "time", "list"])
+def test_steps_from_no_signal_start_at_minus_infinity(kind: str) -> None:
+    settings: dict[str, Any] = {"first": -9.0, "last": 8.0, "listed": (-8.0, 0.0, 3.0, 5.0), "schedule": COSINE}
+    levels = solver_levels(kind, 4, from_zero_snr=True, **settings)
+    assert float(levels[0]) == -math.inf
+    assert bool(levels[1:].isfinite().all()) and bool((levels[1:].diff() > 0).all())
+    if kind == "list":
+        assert levels[1:].tolist() == [0, 3, 5]
+    if kind in ("cosine", "flow"):
+        time = {"cosine": cosine_time, "flow": flow_time}[kind](levels)
+        torch.testing.assert_close(time, torch.tensor([1.0, 0.75, 0.5, 0.25], dtype=torch.float64))
+
+
 def test_bad_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"diffusion\.sample\.steps='karras' is unknown"):
-        solver_levels("karras", 5, first=-8, last=8)
+    ends = {"first": -8.0, "last": 8.0}
+    with pytest.raises(ValueError, match=r"diffusion\.sample\.steps='ays' is unknown"):
+        solver_levels("ays", 5, **ends)
     with pytest.raises(ValueError, match=r"num_steps=0 must be at least 1"):
-        solver_levels("cosine", 0, first=-8, last=8)
+        solver_levels("cosine", 0, **ends)
     with pytest.raises(ValueError, match=r"first_logsnr=8 must lie below last_logsnr=-8"):
         solver_levels("cosine", 5, first=8, last=-8)
+    with pytest.raises(ValueError, match=r"steps=time are steps of a training schedule: give it"):
+        solver_levels("time", 5, **ends)
+    with pytest.raises(ValueError, match=r"diffusion\.sample\.rho=0 must be positive"):
+        solver_levels("karras", 5, rho=0, **ends)
+    for kind in ("logsnr", "karras"):
+        with pytest.raises(ValueError, match=rf"from_zero_snr has no place in steps={kind}"):
+            solver_levels(kind, 5, from_zero_snr=True, **ends)
+    for listed in ((), (1.0, 0.0), (0.0, 0.0), (-math.inf, 0.0)):
+        with pytest.raises(ValueError, match=r"diffusion\.sample\.levels=\[.*\] must be finite log SNRs that rise"):
+            solver_levels("list", 5, listed=listed, **ends)

@@ -18,10 +18,11 @@ from engine.config import DataConfig, RunConfig, TrainConfig
 from engine.device import Device
 from engine.optim import learning_rate
 from engine.shards import ShardWriter, open_shards
+from engine.snapshots import snapshots
 from engine.sources import open_images
 from generator.autoregressive import VIM
 from generator.autoregressive_task import AutoregressiveTask
-from generator.card import generator_card
+from generator.card import family_of, generator_card
 from generator.condition import spread_labels
 from generator.config import (
     AutoregressiveConfig,
@@ -208,6 +209,38 @@ def test_the_same_command_again_gives_the_same_model(run: RunConfig, device: Dev
     other = dataclasses.replace(short, model=dataclasses.replace(MODEL, width=64))
     with pytest.raises(ValueError, match=r"autoregressive\.model\.width: 32 -> 64"):
         train_generator(config=other, **settings)
+
+
+@pytest.mark.parametrize("config", [AUTOREGRESSIVE, DIFFUSION], ids=["autoregressive", "diffusion"])
+def test_snapshots_of_the_training_can_be_sampled(run: RunConfig, device: Device, config: Any) -> None:
+    training = dataclasses.replace(TRAIN, steps=6, snapshot_every=4, ema_widths=(0.05, 0.1), preview_every=0)
+    config, family = dataclasses.replace(config, train=training), family_of(config)
+    train_generator(run=run, data=DATA, config=config, family=family, device=device)
+    early, last, model = (load_generator(run.folder, family, snapshot=step) for step in (4, 6, None))
+    assert last.fingerprint == model.fingerprint != early.fingerprint
+    assert early.sample(None, [0]).shape == model.sample(None, [0]).shape
+    power = load_generator(run.folder, family, ema_width=0.07)
+    assert power.fingerprint not in (early.fingerprint, model.fingerprint)
+
+
+def test_a_run_of_before_snapshots_came_is_still_finished(run: RunConfig, device: Device) -> None:
+    short = dataclasses.replace(AUTOREGRESSIVE, train=dataclasses.replace(TRAIN, steps=3))
+    settings = {"run": run, "data": DATA, "family": "autoregressive", "device": device}
+    folder = train_generator(config=short, **settings)
+    for name, identity_of in (("identity.json", lambda told: told), ("model.json", lambda told: told["identity"])):
+        told = json.loads((folder / name).read_text())
+        for key in ("snapshot_every", "ema_widths"):
+            del identity_of(told)["autoregressive"]["train"][key]
+        (folder / name).write_text(json.dumps(told))
+    stamp = (folder / "model.safetensors").stat().st_mtime_ns
+    train_generator(config=short, **settings)
+    assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
+    longer = dataclasses.replace(short, train=dataclasses.replace(TRAIN, steps=5, snapshot_every=5))
+    train_generator(config=longer, **settings)
+    assert list(snapshots(folder)) == [5]
+    widths = dataclasses.replace(longer, train=dataclasses.replace(longer.train, ema_widths=(0.1,)))
+    with pytest.raises(ValueError, match=r"autoregressive\.train\.ema_widths: \[\] -> \[0\.1\]"):
+        train_generator(config=widths, **settings)
 
 
 def test_codes_of_another_tokenizer_are_refused(run: RunConfig, device: Device) -> None:

@@ -59,6 +59,8 @@ def test_switches_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(ValueError, match=r"quantizer\.levels=\[8, 2\]: fsq needs at least 3 levels"):
         TokenizerConfig(model=model, quantizer=QuantizerConfig(kind="fsq", levels=(8, 2)))
     assert TokenizerConfig(model=model, quantizer=QuantizerConfig(kind="fsq", levels=(4, 4)))
+    with pytest.raises(ValueError, match=r"tokenizer\.latent_statistics=static has no effect.*encoder_from"):
+        TokenizerConfig(latent_statistics="static", encoder_from="runs/a")
     with pytest.raises(ValueError, match=r"quantizer\.update=ema has no effect with quantizer\.kind=kl"):
         TokenizerConfig(quantizer=QuantizerConfig(kind="kl", update="ema"))
     with pytest.raises(ValueError, match=r"loss\.entropy=0\.1: quantizer\.kind=simvq has no entropy loss"):

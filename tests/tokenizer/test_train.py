@@ -3,7 +3,10 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
+import numpy as np
 import pytest
 import torch
 
@@ -124,8 +127,31 @@ def test_measured_latents_have_zero_mean_and_unit_variance(
     assert latents.mean(dim=(0, 2, 3)).abs().max() < 1e-5
     assert (latents.std(dim=(0, 2, 3), correction=0) - 1).abs().max() < 1e-5
     measure_latents(tokenizer, squares, device=device, batch_size=16, limit=5)
-    few = tokenizer.to_latents(next(squares.in_order(5))["images"])
+    few = tokenizer.to_latents(squares.load(np.arange(0, 50, 10))["images"])  # spread over the set
     assert few.mean(dim=(0, 2, 3)).abs().max() < 1e-5
+
+
+def test_static_statistics_are_one_factor_that_keeps_the_proportions(
+    tokenizer: Tokenizer, squares: ImageSet, device: Device
+) -> None:
+    images = next(squares.in_order(50))["images"]
+    raw = tokenizer.to_latents(images)  # mean 0 and deviation 1 are the untrained tokenizer's
+    measure_latents(tokenizer, squares, kind="static", device=device, batch_size=16)
+    latents = tokenizer.to_latents(images)
+    assert latents.square().mean().sqrt() == pytest.approx(1, abs=1e-5)
+    assert torch.allclose(latents, raw / raw.square().mean().sqrt(), atol=1e-5)
+    assert torch.equal(tokenizer.from_latents(latents), tokenizer.decode(tokenizer.encode(images)))
+
+
+def test_the_latents_of_several_processes_are_measured_together(
+    tokenizer: Tokenizer, squares: ImageSet, device: Device
+) -> None:
+    """Each process adds its share; the shares add up to what one process finds."""
+    found = []
+    for rank, world in ((0, 1), (0, 3), (1, 3), (2, 3)):
+        told = SimpleNamespace(rank=rank, world=world, device=device.device, sum=lambda x: (found.append(x), x)[1])
+        measure_latents(tokenizer, squares, device=cast(Device, told), batch_size=4, limit=20)
+    assert found[0][0, 0] == 20 * 16 and torch.allclose(found[0], sum(found[1:]), rtol=1e-12, atol=0)
 
 
 def test_training_leaves_a_loadable_model_with_its_facts(tmp_path: Path, device: Device) -> None:
@@ -159,6 +185,34 @@ def test_a_finished_run_is_left_alone_and_another_is_refused(tmp_path: Path, dev
     assert (folder / "model.json").stat().st_mtime_ns == written
     with pytest.raises(ValueError, match=r"tokenizer\.loss\.commitment: 0\.25 -> 1\.0"):
         trained(tmp_path, device, replace(CONFIG, loss=TokenizerLossConfig(commitment=1.0)))
+
+
+def test_other_statistics_of_a_trained_network_need_no_training(tmp_path: Path, device: Device) -> None:
+    folder = trained(tmp_path, device)
+    first, log = load_tokenizer(folder), (folder / "metrics.jsonl").read_text()
+    trained(tmp_path, device, replace(CONFIG, latent_statistics="static"))
+    second = load_tokenizer(folder)
+    assert second.latent_std.unique().numel() == 1 and second.code_fingerprint != first.code_fingerprint
+    changed = {name for name, value in first.state_dict().items() if not torch.equal(value, second.state_dict()[name])}
+    assert changed == {"latent_mean", "latent_std"} and (folder / "metrics.jsonl").read_text() == log
+    trained(tmp_path, device)
+    assert load_tokenizer(folder).fingerprint == first.fingerprint
+
+
+def test_runs_of_before_a_setting_existed_stay_valid(tmp_path: Path, device: Device) -> None:
+    folder = trained(tmp_path, device)
+    for name, place in (("model.json", ("identity",)), ("identity.json", ())):
+        told = json.loads((folder / name).read_text())
+        identity = told[place[0]] if place else told
+        for key in ("ema_widths", "snapshot_every"):
+            del identity["tokenizer"]["train"][key]
+        identity.pop("latent_statistics", None)
+        (folder / name).write_text(json.dumps(told))
+    written = (folder / "model.json").stat().st_mtime_ns
+    trained(tmp_path, device)
+    assert (folder / "model.json").stat().st_mtime_ns == written
+    trained(tmp_path, device, replace(CONFIG, train=replace(TRAIN, steps=6)))
+    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 6
 
 
 FULL = replace(

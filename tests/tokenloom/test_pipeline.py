@@ -80,7 +80,7 @@ def test_a_generator_that_encodes_its_images_needs_no_encoded_training_split(run
 
 
 def test_bf16_sampling_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("generator.autoregressive.has_bf16", lambda _: False)
+    monkeypatch.setattr("engine.device.has_bf16", lambda _: False)
     words = ["--config", SMOKE, "--run.device=cpu", "--run.precision=fp32", f"--run.root={tmp_path}"]
     experiment = load_experiment([*words, "--autoregressive.sample.precision=bf16"])
     with pytest.raises(ValueError, match=r"autoregressive\.sample\.precision=bf16, but this cpu has no bf16"):
@@ -149,6 +149,85 @@ def test_a_new_decoder_paints_the_samples_of_the_old_codes(run: Path, tmp_path: 
     assert told["tokenizer"] == new.fingerprint
     painted = tmp_path / "samples" / "autoregressive" / "000000.png"
     assert painted.read_bytes() != (run / "samples" / "autoregressive" / "000000.png").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def taken(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that takes tokenizer and codes from the other one."""
+    root = tmp_path_factory.mktemp("taken")
+    words = (f"--run.root={root}", f"--run.tokenizer={run}", "--autoregressive=null")
+    command(run, "run", *words, "--eval.features=[random]", "--eval.variants={cfg2: {diffusion.sample.guidance: 2}}")
+    return root / "smoke"
+
+
+def test_a_tokenizer_of_another_run_makes_the_same_generator(run: Path, taken: Path) -> None:
+    assert not (taken / "tokenizer").exists() and not (taken / "codes").exists()
+    cards = [json.loads((folder / "diffusion" / "model.json").read_text()) for folder in (run, taken)]
+    assert cards[0]["fingerprint"] == cards[1]["fingerprint"]
+    images = [tokenloom.sample(folder, "diffusion", labels=[3, 7], seeds=[0, 1]) for folder in (run, taken)]
+    assert torch.equal(*images)
+    subjects = {entry["subject"] for entry in json.loads((taken / "eval" / "metrics.json").read_text())}
+    assert {"tokenizer", "diffusion", "diffusion@cfg2"} <= subjects
+
+
+def test_a_second_run_with_anothers_tokenizer_finds_nothing_to_do(
+    taken: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(taken, "run")
+    told = capsys.readouterr().out
+    assert "tokenizer, encode: those of" in told and "eval: done before" in told
+
+
+def test_pages_and_exports_of_a_run_show_the_tokenizer_that_it_takes(run: Path, taken: Path, tmp_path: Path) -> None:
+    page = (taken / "report.html").read_text()
+    assert json.loads((run / "tokenizer" / "model.json").read_text())["fingerprint"] in page
+    assert "Latent diffusion, cfg2" in page and "Reconstructions" in page
+    out = tmp_path / "models"
+    command(taken, "export", "--out", str(out))
+    first, second = (tokenloom.sample(path, "diffusion", labels=[1], seeds=[0]) for path in (taken, out))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "encode"])
+def test_a_run_with_anothers_tokenizer_makes_none(
+    run: Path, taken: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command(taken, name)
+    told = capsys.readouterr().err
+    assert f"`tokenloom {name}` has nothing to do here; give it --config {run / 'config.yaml'}" in told
+
+
+def test_a_run_without_tokenizer_or_codes_lends_none(
+    run: Path, taken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = [f"--run.root={tmp_path}", f"--run.tokenizer={tmp_path / 'other'}"]
+    with pytest.raises(SystemExit):
+        command(taken, "run", *place)
+    assert "holds no finished tokenizer; give the folder of a run" in capsys.readouterr().err
+    shutil.copytree(run / "tokenizer", tmp_path / "other" / "tokenizer")
+    shutil.copytree(run / "codes" / "test", tmp_path / "other" / "codes" / "test")
+    for name in ("run", "generator"):
+        with pytest.raises(SystemExit):
+            command(taken, name, *place)
+        told = capsys.readouterr().err
+        assert "train: no complete codes" in told
+        assert f"`tokenloom encode --config {tmp_path / 'other' / 'config.yaml'}` makes them" in told
+
+
+def test_a_dry_run_does_not_count_the_tokenizer_of_another_run(taken: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command(taken, "run", "--dry-run")
+    told = capsys.readouterr().out
+    assert "they are not trained here" in told and "samples/diffusion@cfg2/" in told
+    head = next(line for line in told.splitlines() if line.strip().startswith("diffusion"))
+    assert head.split() == ["diffusion"]
+
+
+def test_a_mistake_in_a_variant_is_told_before_training(tmp_path: Path) -> None:
+    words = ["--config", SMOKE, "--run.device=cpu", f"--run.root={tmp_path}"]
+    experiment = load_experiment([*words, "--eval.variants={a: {diffusion.sample.guidanc: 2}}"])
+    with pytest.raises(ValueError, match=r"eval\.variants\.a: did you mean 'diffusion\.sample\.guidance'"):
+        check(experiment, setup(experiment.run))
 
 
 def test_an_exported_folder_samples_the_same_images(run: Path, tmp_path: Path) -> None:

@@ -1,0 +1,61 @@
+"""Variants of sampling: what each changes, and that a mistake in one is named before anything is drawn."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.config import TrainConfig
+from engine.snapshots import write_snapshot
+from eval.config import EvalConfig
+from eval.variants import samplings, snapshot_samplings
+from generator.config import AutoregressiveConfig, DiffusionConfig, DiffusionSampleConfig
+
+FAMILIES = {
+    "autoregressive": AutoregressiveConfig(),
+    "diffusion": DiffusionConfig(sample=DiffusionSampleConfig(num_steps=7), train=TrainConfig(steps=30)),
+}
+
+
+def test_a_variant_changes_what_it_names_and_nothing_else() -> None:
+    config = EvalConfig(variants={"cfg2.5": {"diffusion.sample.guidance": 2.5, "diffusion.sample.solver": "heun"}})
+    plain, other, variant = samplings(config, FAMILIES)
+    assert (plain.subject, other.subject) == ("autoregressive", "diffusion")
+    assert (variant.subject, variant.family) == ("diffusion@cfg2.5", "diffusion")
+    assert variant.config.sample == DiffusionSampleConfig(num_steps=7, guidance=2.5, solver="heun")
+    assert variant.config.train == other.config.train and other.config is FAMILIES["diffusion"]
+
+
+@pytest.mark.parametrize(
+    ("variants", "message"),
+    [
+        ({"accept0.5": {"diffusion.sample.eta": 1}}, r"variants\.accept0\.5: .* neither with accept nor with step"),
+        ({"step9": {"diffusion.sample.eta": 1}}, r"neither with accept nor with step"),
+        ({"../up": {"diffusion.sample.eta": 1}}, r"cannot name samples"),
+        ({"a": {"diffusion.train.steps": 1}}, r"variants\.a takes keys such as .* but 'diffusion\.train\.steps' is no"),
+        ({"a": {"diffusion.sample.eta": 1, "autoregressive.sample.top_k": 1}}, r"it has keys of 2 families"),
+        ({"a": {}}, r"it has keys of 0 families"),
+        ({"a": {"diffusion.sample.et": 1}}, r"'diffusion\.sample\.et' in eval\.variants\.a: did you mean 'diffusion\."),
+        ({"a": {"diffusion.sample.guidance": "two"}}, r"eval\.variants\.a: .*guidance.*two"),
+        ({"a": {"diffusion.sample.eta": 2}}, r"eval\.variants\.a: .*eta=2.* must lie in \[0, 1\]"),
+    ],
+)
+def test_a_mistake_in_a_variant_is_named(variants: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        samplings(EvalConfig(variants=variants), FAMILIES)
+
+
+def test_a_variant_of_a_family_that_is_not_there_is_refused() -> None:
+    config = EvalConfig(variants={"cold": {"autoregressive.sample.temperature": 0.5}})
+    with pytest.raises(ValueError, match=r"eval\.variants\.cold is about autoregressive"):
+        samplings(config, {"diffusion": FAMILIES["diffusion"]})
+
+
+def test_every_snapshot_is_a_sampling_but_that_which_is_the_model(tmp_path: Path) -> None:
+    for step in (20, 10, 30):
+        folder = tmp_path / "diffusion" / "snapshots"
+        write_snapshot(folder, step, updates=step, model={"a": torch.zeros(1)}, widths={})
+    found = list(snapshot_samplings(tmp_path, FAMILIES))
+    assert [each.subject for each in found] == ["diffusion@step10", "diffusion@step20"]
+    assert [each.config.sample.snapshot for each in found] == [10, 20]

@@ -1,0 +1,73 @@
+"""A tokenizer with nothing to learn: every pixel is a token of three numbers, its colours. For diffusion on pixels."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from tokenizer.bottleneck import Bottleneck
+
+COLOURS = 3
+
+
+class PixelEncoder(nn.Module):
+    """Images in [-1, 1] -> one vector of colours per pixel, in raster order.
+
+    Attributes:
+        depth: number of stages between the two, which is none.
+    """
+
+    depth = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        """float [B, 3, H, W] -> [B, H W, 3]."""
+        return self.hidden(images, self.depth)
+
+    def hidden(self, images: Tensor, depth: int) -> Tensor:
+        """The same: there are no stages."""
+        return images.flatten(2).transpose(1, 2)
+
+
+class PixelDecoder(nn.Module):
+    """The inverse of `PixelEncoder`, for images of `side` x `side` pixels."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """[B, H W, 3] -> float [B, 3, H, W]."""
+        return vectors.transpose(1, 2).unflatten(2, (self.side, self.side))
+
+
+class Colours(Bottleneck):
+    """A bottleneck that lets everything through; there are no codes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_dim, self.latent_dim, self.vocab_size = COLOURS, COLOURS, 0
+
+    def forward(self, z: Tensor) -> tuple[Tensor, None, dict[str, Tensor], dict[str, Tensor]]:
+        """No losses."""
+        return z.float(), None, {}, {"vectors": z.float().detach()}
+
+    def latents(self, z: Tensor) -> Tensor:
+        """The colours, float32."""
+        return z.float()
+
+    def nearest(self, latents: Tensor) -> Tensor:
+        """Raises ValueError: there are no codes."""
+        raise ValueError(NO_CODES)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Raises ValueError: there are no codes."""
+        raise ValueError(NO_CODES)
+
+    def snap(self, latents: Tensor) -> Tensor:
+        """The latents as they are."""
+        return latents.float()
+
+
+NO_CODES = (
+    "tokenizer.model.architecture=pixels has latents but no codes: train a diffusion model on them, or choose another "
+    "architecture"
+)
