@@ -2,6 +2,7 @@
 
 Conditioning enters through adaLN-zero: every block's norms are shifted and scaled, and its branches gated, by numbers
 computed from the condition. Gates and output start at zero, so a new network is the identity and predicts 0.
+QK-norm, rotary positions and SwiGLU, which later networks added, can be had one by one.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from generator.transformer import MLP, Attention
+from generator.rotary import Rotary, Turns
+from generator.schedule import trainable
+from generator.transformer import MLP, Attention, SwiGLU
 
 NUM_FREQUENCIES = 128
-# Waves over log SNR, whose useful range is about [-18, 18]: from half a wave over the whole range to 1.6 per unit.
+# Waves over log SNR, trained on in [-18.4, 18.4]: from half a wave over the whole range to 1.6 per unit.
 LOWEST_FREQUENCY, HIGHEST_FREQUENCY = 0.1, 10.0  # radians per unit of log SNR
 
 
@@ -24,8 +27,14 @@ class DiT(nn.Module):
 
     Label `num_classes` is the null label. Published sizes carry a learnt variance: out_channels = 2 C.
 
+    Args:
+        qk_norm: normalise queries and keys in each head (RMSNorm).
+        rope: turn queries and keys by row and column, beside the fixed positions that the tokens carry.
+        swiglu: SwiGLU in place of GELU, at about the same number of weights.
+
     Raises:
-        ValueError: sides that patch_size does not divide, a width that is not a multiple of four and of heads.
+        ValueError: sides that patch_size does not divide, a width that is not a multiple of four and of heads, with
+            rope a head that is not a multiple of four wide.
     """
 
     def __init__(
@@ -39,6 +48,9 @@ class DiT(nn.Module):
         num_classes: int = 0,
         mlp_ratio: int = 4,
         out_channels: int | None = None,
+        qk_norm: bool = False,
+        rope: bool = False,
+        swiglu: bool = False,
     ) -> None:
         super().__init__()
         channels, height, side = latent_shape
@@ -49,7 +61,10 @@ class DiT(nn.Module):
         self.patches = nn.Conv2d(channels, width, patch_size, patch_size)
         self.noise_level = NoiseLevel(width)
         self.labels = nn.Embedding(num_classes + 1, width)
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio=mlp_ratio) for _ in range(depth))
+        self.rotary = Rotary(width // heads, columns=self.grid[1]) if rope else None
+        self.blocks = nn.ModuleList(
+            Block(width, heads, mlp_ratio=mlp_ratio, qk_norm=qk_norm, swiglu=swiglu) for _ in range(depth)
+        )
         self.output = Output(width, patch_size**2 * (out_channels or channels))
         self.positions: Tensor
         self.register_buffer("positions", sincos_positions(width, self.grid), persistent=False)  # [T, D]
@@ -60,7 +75,8 @@ class DiT(nn.Module):
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
+                if layer.bias is not None:  # SwiGLU has none
+                    nn.init.zeros_(layer.bias)
         nn.init.xavier_uniform_(self.patches.weight.flatten(1))
         assert self.patches.bias is not None
         nn.init.zeros_(self.patches.bias)
@@ -72,15 +88,18 @@ class DiT(nn.Module):
 
     def forward(self, x: Tensor, logsnr: Tensor, labels: Tensor) -> Tensor:
         tokens, condition = self.embed(x, logsnr, labels)
-        for block in self.blocks:
-            tokens = block(tokens, condition)
+        tokens = self.mix(tokens, condition, depth=len(self.blocks))
         return self.unpatchify(self.output(tokens, condition))
 
     def activations(self, x: Tensor, logsnr: Tensor, labels: Tensor, *, depth: int) -> Tensor:
         """Tokens [B, T, D] after the first `depth` blocks; 0 gives the embedded patches."""
-        tokens, condition = self.embed(x, logsnr, labels)
+        return self.mix(*self.embed(x, logsnr, labels), depth=depth)
+
+    def mix(self, tokens: Tensor, condition: Tensor, *, depth: int) -> Tensor:
+        """The first `depth` blocks: tokens [B, T, D], condition [B, D] -> [B, T, D]."""
+        turns = self.rotary(1 + torch.arange(tokens.shape[1], device=tokens.device)) if self.rotary else None
         for block in self.blocks[:depth]:
-            tokens = block(tokens, condition)
+            tokens = block(tokens, condition, turns)
         return tokens
 
     def embed(self, x: Tensor, logsnr: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,19 +123,21 @@ class DiT(nn.Module):
 class Block(nn.Module):
     """Attention and MLP under adaLN-zero: tokens [B, T, D], condition [B, D] -> [B, T, D]."""
 
-    def __init__(self, width: int, heads: int, *, mlp_ratio: int = 4) -> None:
+    def __init__(
+        self, width: int, heads: int, *, mlp_ratio: int = 4, qk_norm: bool = False, swiglu: bool = False
+    ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)  # no weights, so it serves both branches
-        self.attention = Attention(width, heads)
-        self.mlp = MLP(width, mlp_ratio * width)
+        self.attention = Attention(width, heads, qk_norm=qk_norm)
+        self.mlp = (SwiGLU if swiglu else MLP)(width, mlp_ratio * width)
         self.modulation = nn.Linear(width, 6 * width)
 
-    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, condition: Tensor, turns: Turns | None = None) -> Tensor:
         numbers = self.modulation(condition)[:, None].chunk(6, dim=-1)        # 6 x [B, 1, D]
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = numbers
-        mixed = self.attention(modulate(self.norm(tokens), shift_attention, scale_attention))
+        mixed = self.attention(modulate(self.norm, tokens, shift_attention, scale_attention), turns=turns)
         tokens = tokens + gate_attention * mixed
-        return tokens + gate_mlp * self.mlp(modulate(self.norm(tokens), shift_mlp, scale_mlp))
+        return tokens + gate_mlp * self.mlp(modulate(self.norm, tokens, shift_mlp, scale_mlp))
 
 
 class Output(nn.Module):
@@ -130,11 +151,14 @@ class Output(nn.Module):
 
     def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)    # 2 x [B, 1, D]
-        return self.linear(modulate(self.norm(tokens), shift, scale))
+        return self.linear(modulate(self.norm, tokens, shift, scale))
 
 
 class NoiseLevel(nn.Module):
-    """Log SNR [B] -> embedding [B, D]: sines and cosines of many frequencies, then an MLP."""
+    """Log SNR [B] -> embedding [B, D]: sines and cosines of many frequencies, then an MLP.
+
+    Levels that no schedule trains on, -inf and inf among them, count as the nearest one that it does.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -145,14 +169,17 @@ class NoiseLevel(nn.Module):
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, logsnr: Tensor) -> Tensor:
-        angles = logsnr.float()[:, None] * self.frequencies                    # [B, F]
+        angles = trainable(logsnr)[:, None] * self.frequencies                 # [B, F]
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)                # [B, 2 F]
         return self.fall(F.silu(self.rise(waves)))                             # [B, D]
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift."""
-    return torch.addcmul(shift, x, 1 + scale)
+def modulate(norm: nn.Module, tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """norm(tokens) (1 + scale) + shift, in the type of shift and scale [B, 1, D].
+
+    Under autocast that is the branch's bf16; the residual stream, and what is added to it, stay fp32.
+    """
+    return torch.addcmul(shift, norm(tokens.to(shift.dtype)), 1 + scale)
 
 
 def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:

@@ -83,18 +83,20 @@ def build_norm(width: int, *, modern: bool = False) -> nn.Module:
 class Attention(nn.Module):
     """Multi-head self-attention; `dropout` falls on the attention weights, in training mode only.
 
-    `modern` leaves the biases out and normalises queries and keys in each head, before they are turned.
+    `qk_norm` normalises queries and keys in each head, before they are turned.
     """
 
-    def __init__(self, width: int, heads: int, *, dropout: float = 0.0, modern: bool = False) -> None:
+    def __init__(
+        self, width: int, heads: int, *, dropout: float = 0.0, bias: bool = True, qk_norm: bool = False
+    ) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"width={width} must be a multiple of heads={heads}")
         self.heads = heads
         self.dropout = dropout
-        self.qkv = nn.Linear(width, 3 * width, bias=not modern)
-        self.query_norm, self.key_norm = (RMSNorm(width // heads) if modern else nn.Identity() for _ in range(2))
-        self.out = nn.Linear(width, width, bias=not modern)
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.query_norm, self.key_norm = (RMSNorm(width // heads) if qk_norm else nn.Identity() for _ in range(2))
+        self.out = nn.Linear(width, width, bias=bias)
 
     def forward(
         self,
@@ -179,7 +181,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.attention_norm = build_norm(width, modern=modern)
-        self.attention = Attention(width, heads, dropout=dropout, modern=modern)
+        self.attention = Attention(width, heads, dropout=dropout, bias=not modern, qk_norm=modern)
         self.mlp_norm = build_norm(width, modern=modern)
         self.mlp = (SwiGLU if modern else MLP)(width, mlp_ratio * width, dropout=dropout)
         self.dropout = Dropout(dropout)

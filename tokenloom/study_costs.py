@@ -90,7 +90,9 @@ def sampling_seconds(experiment: Experiment, rate: float) -> float:
         if stage.name in passes:
             flops = forward_flops(stage.network, *stage.inputs)
             slow = flops / rate * TIMED_IMAGES > LONG_STEP
-            seconds += passes[stage.name] * (flops / rate if slow else _forward_seconds(stage, experiment.run))
+            bf16 = getattr(experiment, stage.name).sample.precision == "bf16"
+            each = flops / rate if slow else _forward_seconds(stage, experiment.run, bf16=bf16)
+            seconds += passes[stage.name] * each
     return seconds
 
 
@@ -148,15 +150,16 @@ def _seconds(stage: Stage, place: str, precision: str) -> float:
 
 
 @torch.no_grad()
-def _forward_seconds(stage: Stage, run: RunConfig) -> float:
-    """Seconds per image of the quickest of a few forward passes in full precision; the first one is not timed."""
+def _forward_seconds(stage: Stage, run: RunConfig, *, bf16: bool) -> float:
+    """Seconds per image of the quickest of a few forward passes; the first one is not timed."""
     place, _, _ = imagined_device(run)
     network = stage.network.to(place).eval()
     batch = [_random(tensor, TIMED_IMAGES).to(place) for tensor in stage.inputs]
     times = []
     for _ in range(1 + TIMED_STEPS):
         begun = time.perf_counter()
-        network(*batch)
+        with torch.autocast(place, dtype=torch.bfloat16, enabled=bf16):
+            network(*batch)
         if place == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begun)

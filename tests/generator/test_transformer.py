@@ -97,7 +97,7 @@ def test_a_used_cache_never_shows_later_positions(x: torch.Tensor) -> None:
 
 @BLOCKS
 def test_cache_keeps_its_own_precision(x: torch.Tensor, modern: bool) -> None:
-    attention, position = Attention(WIDTH, HEADS, modern=modern), torch.arange(LENGTH)
+    attention, position = Attention(WIDTH, HEADS, bias=not modern, qk_norm=modern), torch.arange(LENGTH)
     cache, turned = KVCache(len(x), HEADS, LENGTH, WIDTH // HEADS), turns(modern, position)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = attention(x, cache=cache, position=position, turns=turned)
@@ -156,7 +156,7 @@ def test_rms_norm_divides_by_the_root_mean_square_in_fp32(x: torch.Tensor) -> No
 
 
 def test_modern_attention_is_its_formula(x: torch.Tensor) -> None:
-    attention, position = Attention(WIDTH, HEADS, modern=True), torch.arange(LENGTH)
+    attention, position = Attention(WIDTH, HEADS, bias=False, qk_norm=True), torch.arange(LENGTH)
     angles = torch.atan2(*ROTARY(position)[::-1])                                 # [1, T, d / 2]
     query, key, value = (
         (x @ weight.T).unflatten(-1, (HEADS, -1)).transpose(1, 2) for weight in attention.qkv.weight.chunk(3)

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import tokenloom
+from engine.checkpoint import load_model
+from engine.snapshots import write_snapshot
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))
 from untrained import make_run
@@ -24,3 +26,17 @@ def test_images_can_be_streamed(tmp_path: Path) -> None:
     shutil.rmtree(folder / "autoregressive")
     with pytest.raises(ValueError, match="holds no autoregressive generator, whose samples alone grow code by code"):
         tokenloom.stream(folder, seeds=[0])
+
+
+def test_a_snapshot_of_the_training_is_asked_for_by_its_step(tmp_path: Path) -> None:
+    folder = make_run(tmp_path).folder
+    _, weights = load_model(folder / "diffusion")
+    halves = {name: 0.5 * value for name, value in weights.items()}
+    for step, network in ((10, halves), (20, weights)):
+        write_snapshot(folder / "diffusion" / "snapshots", step, updates=step, model=network, widths={})
+    images = {step: tokenloom.sample(folder, "diffusion", labels=[3], seeds=[0], snapshot=step) for step in (None, 20)}
+    assert torch.equal(images[None], images[20])
+    model = tokenloom.load_generator(folder, "diffusion", snapshot=10)
+    assert model.fingerprint != tokenloom.load_generator(folder, "diffusion").fingerprint
+    with pytest.raises(ValueError, match="no snapshot of step 15: there are those of steps 10, 20"):
+        tokenloom.sample(folder, "diffusion", labels=[3], seeds=[0], snapshot=15)
