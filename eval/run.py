@@ -82,7 +82,7 @@ class Subject:
     def tokenizer_weights(self) -> str:
         """Which weights of the tokenizer's training are scored; another run's tells of itself."""
         if self.run.tokenizer is None:
-            return weights_kind(self.tokenizer_config)
+            return weights_kind(self.tokenizer_config) if self.tokenizer_config.model.learned else "raw"
         card, _ = load_model(self.run.tokenizer_folder / "tokenizer")
         ema = card.get("identity", {}).get("tokenizer", {}).get("train", {}).get("ema")
         return f"ema {ema}" if ema else "raw"

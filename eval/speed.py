@@ -79,7 +79,7 @@ def speed(
     with tempfile.TemporaryDirectory() as folder:
         shards, origin = usable_shards(run, model, images.class_names, Path(folder) / "codes")
         bench.read("code loading", shards, tokenizer.train.batch_size, data.workers, note=origin)
-        if own:
+        if own and tokenizer.model.learned:
             measure_tokenizer(bench, tokenizer, images)
         if autoregressive:
             measure_autoregressive_step(bench, autoregressive, shards, model)

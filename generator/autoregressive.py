@@ -261,8 +261,8 @@ def build_network(model: AutoregressiveModelConfig, card: dict[str, Any], *, ran
     """
     if not card["vocab_size"]:
         raise ValueError(
-            "tokenizer.quantizer.kind=kl gives latents without codes, which an autoregressive model cannot learn: "
-            "leave the section autoregressive out, or choose another kind"
+            "the tokenizer (quantizer.kind=kl or model.architecture=pixels) gives latents without codes, which an "
+            "autoregressive model cannot learn: leave the section autoregressive out, or choose another tokenizer"
         )
     length = math.prod(card["grid"]) * card.get("codes_per_token", 1)
     size = {key: card[key] for key in ("vocab_size", "num_classes", "grid")}

@@ -127,6 +127,8 @@ def code_usage(run: RunFiles) -> str:
     opened = {split: run.codes(split) for split in ("train", "test")}
     counts = {split: _histogram(shards) for split, shards in opened.items()}
     whole = {split: found for split, found in counts.items() if found is not None and found.sum()}
+    if any(opened.values()) and not whole:
+        return note("The latents of this tokenizer have no codes.")
     if not whole:
         return note("No codes yet: `tokenloom encode` writes them once the tokenizer is trained.")
     names = {"train": "training images", "test": "test images"}

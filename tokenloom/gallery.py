@@ -53,6 +53,8 @@ def samples(run: RunFiles) -> str:
 def reconstructions(run: RunFiles) -> str:
     """Pairs of test images and what the tokenizer makes of their codes."""
     pairs = last_pairs(run)[:PAIRS]
+    if run.card("tokenizer").get("config", {}).get("model", {}).get("architecture") == "pixels":
+        return page.note("Latents are the pixels themselves: every image comes back exactly.")
     if not pairs:
         return page.note("No previews of reconstructions yet: the tokenizer writes them as it is trained.")
     side = _side(2 * PAIRS)

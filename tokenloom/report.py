@@ -97,6 +97,8 @@ def summary(run: RunFiles) -> str:
 def _tokens(run: RunFiles) -> str:
     config = run.card("tokenizer").get("config", {})
     model, kind = config.get("model", {}), config.get("quantizer", {}).get("kind")
+    if model.get("architecture") == "pixels":
+        return "its own pixels, without a learned tokenizer"
     side = run.image_size() // model["patch_size"] if model.get("patch_size") else 0
     tokens = f"{side} \N{MULTIPLICATION SIGN} {side} = {side * side:,} tokens" if side else "tokens"
     if kind == "kl":
@@ -155,6 +157,8 @@ def _training(run: RunFiles, stage: str) -> str:
     title = f"<h3>{escape(TITLES[stage])}"
     if run.state(stage) == "absent":
         return f"{title}</h3>{page.note('Not in this run so far.')}"
+    if run.card(stage).get("config", {}).get("model", {}).get("architecture") == "pixels":
+        return f"{title}</h3>{page.note('Pixels have nothing to train.')}"
     if not run.metrics(stage):
         words = "Trained, but its metrics.jsonl is missing." if run.state(stage) == "done" else "Not begun yet."
         return f"{title}</h3>{page.note(words)}"

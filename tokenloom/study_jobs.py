@@ -106,8 +106,9 @@ class Ledger:
                 self.add(run, seconds)
 
     def add(self, run: Run, seconds: float) -> None:
-        """A run took so long."""
-        self.rates.setdefault(run.row, []).append(seconds / run.flops)
+        """A run took so long; one that trains nothing (pixels) says nothing of the others."""
+        if run.flops:
+            self.rates.setdefault(run.row, []).append(seconds / run.flops)
 
     def expected(self, run: Run) -> float:
         """Seconds that a run should take, by others of its row, else by all; infinite if none has ended yet."""

@@ -115,7 +115,8 @@ def shared_run(study: StudyConfig, base: Experiment) -> Run | None:
         return None
     run = dataclasses.replace(base.run, root=str(base.run.folder), name=SHARED)
     experiment = without_generators(dataclasses.replace(base, run=run))
-    flops = training_costs(experiment)["tokenizer"].total(base.tokenizer.train.steps)
+    learned = training_costs(experiment).get("tokenizer")  # pixels have nothing to train
+    flops = learned.total(base.tokenizer.train.steps) if learned else 0.0
     return Run(row=SHARED, seed=run.seed, experiment=experiment, flops=flops)
 
 
@@ -148,7 +149,7 @@ def tell_plan(
     times = [_run_times(study, row, rate) for row in rows]
     training, sampling = (sum(each[part] for each in times) * len(seeds) / study.jobs for part in ("train", "sample"))
     cost = [f"training alone, {study.jobs} at a time on {threads} threads each: about {clock(training)} in all"]
-    if first is not None:
+    if first is not None and first.experiment.tokenizer.model.learned:
         steps = first.experiment.tokenizer.train.steps
         seconds = steps * step_seconds(first.experiment, rate)[0]["tokenizer"]
         cost.append(f"before it one tokenizer for all rows, {steps:,} steps: about {clock(seconds)}")
