@@ -17,6 +17,7 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from engine.allocator import keep_freed_memory
 from engine.config import RunConfig
 
 # Tasks keep their buffers equal themselves; torch renamed the switch that copies them before each forward.
@@ -95,6 +96,7 @@ def setup(run: RunConfig) -> Device:
     if device.device.type == "cpu":
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        keep_freed_memory()
     else:
         torch.set_float32_matmul_precision("high")
     return device

@@ -7,7 +7,7 @@ weights is then the wanted average, as far as the profile is met.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -62,13 +62,12 @@ def combine(files: Sequence[Path], coefficients: Tensor) -> dict[str, Tensor]:
     """
     with ExitStack() as stack:
         stored = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
-        return {name: _sum([each.get_tensor(name) for each in stored], coefficients) for name in stored[-1].keys()}
+        return {name: _sum((each.get_tensor(name) for each in stored), coefficients) for name in stored[-1].keys()}
 
 
-def _sum(values: Sequence[Tensor], coefficients: Tensor) -> Tensor:
-    if not values[-1].is_floating_point():
-        return values[-1]
-    total = torch.zeros_like(values[-1], dtype=torch.float64)
+def _sum(values: Iterable[Tensor], coefficients: Tensor) -> Tensor:
+    """One value at a time, as there may be hundreds of large ones."""
+    total = torch.zeros((), dtype=torch.float64)
     for value, coefficient in zip(values, coefficients.tolist(), strict=True):
-        total.add_(value.double(), alpha=coefficient)
-    return total.to(values[-1].dtype)
+        total = torch.add(total, value.double(), alpha=coefficient)
+    return total.to(value.dtype) if value.is_floating_point() else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -206,6 +207,7 @@ class MixedScheduleConfig:
     """Share of the draws that come from it."""
 
     def __post_init__(self) -> None:
+        _check_finite("diffusion.schedule.mixed", self)
         _check_scale("diffusion.schedule.mixed.scale", self.scale)
         if not 0 < self.share < 1:
             raise ValueError(f"diffusion.schedule.mixed.share={self.share} must lie between 0 and 1")
@@ -228,6 +230,7 @@ class ScheduleConfig:
     """A second schedule, from which a share of the draws comes."""
 
     def __post_init__(self) -> None:
+        _check_finite("diffusion.schedule", self)
         _check_scale("diffusion.schedule.scale", self.scale)
         if self.zero_terminal and self.kind not in ("ddpm", "iddpm"):
             raise ValueError(
@@ -245,6 +248,16 @@ class CurriculumConfig:
     end: float = -2.0
     """Progressive: log SNR by which it is moved at the last step; linear in between. Below start noise grows."""
 
+    def __post_init__(self) -> None:
+        _check_finite("diffusion.curriculum", self)
+        standard = {each.name: each.default for each in fields(self)}
+        for name in ("start", "end"):
+            if self.kind == "uniform" and getattr(self, name) != standard[name]:
+                raise ValueError(
+                    f"diffusion.curriculum.{name}={getattr(self, name)} has no effect with kind=uniform: set"
+                    " diffusion.curriculum.kind=progressive"
+                )
+
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionSampleConfig:
@@ -256,7 +269,7 @@ class DiffusionSampleConfig:
     """Steps of the solver; steps=list has as many as it names."""
     steps: Literal["cosine", "flow", "time", "logsnr", "karras", "list"] = "cosine"
     """Where the solver stops: at equal distances in cosine time, in linear-flow time, in the training schedule's own
-    time, in log SNR, in EDM's sigma^(1 / rho), or at `levels`."""
+    time (where a curriculum has moved it in the end), in log SNR, in EDM's sigma^(1 / rho), or at `levels`."""
     first_logsnr: float = -10.0
     """Log SNR at which sampling starts from pure noise; steps=list starts at its own first."""
     from_zero_snr: bool = False
@@ -294,6 +307,7 @@ class DiffusionSampleConfig:
 
     def __post_init__(self) -> None:
         _check_choices("diffusion.sample", self)
+        _check_finite("diffusion.sample", self, "; from_zero_snr=true starts without any signal")
         _check_at_least("diffusion.sample.num_steps", self.num_steps, 1)
         if not self.first_logsnr < self.last_logsnr:
             raise ValueError(
@@ -313,7 +327,9 @@ class DiffusionSampleConfig:
                     f" guidance_last={self.guidance_last}"
                 )
         if self.guide is not None and self.guidance == 1:
-            raise ValueError(f"diffusion.sample.guide={self.guide!r} changes nothing at guidance=1: set another one")
+            raise ValueError(
+                f"diffusion.sample.guide={self.guide!r} changes nothing at guidance=1: set another one, or guide=null"
+            )
         if self.ema_width is not None and not 0 < self.ema_width < 0.28:
             raise ValueError(f"diffusion.sample.ema_width={self.ema_width} must lie between 0 and 0.28")
         self._check_steps()
@@ -328,6 +344,8 @@ class DiffusionSampleConfig:
             raise ValueError(f"diffusion.sample.levels={list(self.levels)} must rise from noise to data")
         if not self.rho > 0:
             raise ValueError(f"diffusion.sample.rho={self.rho} must be positive")
+        if self.rho != 7 and self.steps != "karras":
+            raise ValueError(f"diffusion.sample.rho={self.rho} has no effect with steps={self.steps}: it is of karras")
         if self.from_zero_snr and self.steps in ("logsnr", "karras"):
             raise ValueError(f"diffusion.sample.from_zero_snr has no place in steps={self.steps}: use cosine or flow")
 
@@ -355,14 +373,25 @@ class DiffusionConfig:
     sample: DiffusionSampleConfig = field(default_factory=DiffusionSampleConfig)
 
     def __post_init__(self) -> None:
+        _check_finite("diffusion", self)
         if not self.sigma_data > 0:
             raise ValueError(f"diffusion.sigma_data={self.sigma_data} must be positive")
+        if self.sigma_data != 1 and not (self.path == "ve" or self.target == "F" or self.weight == "edm"):
+            raise ValueError(
+                f"diffusion.sigma_data={self.sigma_data} has no effect with path={self.path}, target={self.target},"
+                f" weight={self.weight}: it is of path=ve, target=F and weight=edm"
+            )
         if self.weight_gamma is not None and self.weight not in ("min_snr", "soft_min_snr", "p2"):
             raise ValueError(f"diffusion.weight_gamma={self.weight_gamma} has no effect with weight={self.weight}")
         if self.weight_gamma is not None and not self.weight_gamma > 0:
             raise ValueError(f"diffusion.weight_gamma={self.weight_gamma} must be positive")
-        if self.target == "eps" and (self.schedule.zero_terminal or self.sample.from_zero_snr):
-            raise ValueError("diffusion.target=eps says nothing of the image where there is no signal: use target=v")
+        noise = self.target == "eps" or (self.target == "velocity" and self.path == "ve")  # by either name
+        if noise and (self.schedule.zero_terminal or self.sample.from_zero_snr):
+            key = "schedule.zero_terminal" if self.schedule.zero_terminal else "sample.from_zero_snr"
+            raise ValueError(
+                f"diffusion.{key}=True with target={self.target}, path={self.path}: the noise says nothing of the image"
+                " where there is no signal; use target=v"
+            )
 
 
 def read_settings(kind: type[Section], key: str, settings: dict[str, Any]) -> Section:
@@ -398,6 +427,15 @@ def _check_choices(key: str, config: Any) -> None:
         value = getattr(config, name)
         if get_origin(kind) is Literal and value not in get_args(kind):
             raise ValueError(f"{key}.{name}={value!r} must be one of {', '.join(map(str, get_args(kind)))}")
+
+
+def _check_finite(key: str, config: Any, remedy: str = "") -> None:
+    """Raise ValueError if a number of a section is infinite or none; YAML knows such."""
+    for each in fields(config):
+        value = getattr(config, each.name)
+        numbers = value if isinstance(value, (tuple, list)) else (value,)
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise ValueError(f"{key}.{each.name}={value} must be finite{remedy}")
 
 
 def _check_at_least(key: str, value: float, least: float) -> None:

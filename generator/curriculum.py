@@ -1,11 +1,13 @@
 """Curricula: which part of the schedule is trained now.
 
-A curriculum turns the uniform draws of a step into log SNRs, through the schedule. It is a pure function of the step,
-so nothing of it needs saving, and a run that resumes draws what it would have drawn.
+A curriculum turns the uniform draws of a step into log SNRs, through the schedule. It is a pure function of the step
+and of how many there are in all, so nothing of it needs saving: a run that resumes draws what it would have drawn, and
+one that goes on to more steps than it began with draws as a run of that length does there.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from torch import Tensor
@@ -18,6 +20,11 @@ SHIFTS: dict[str, Callable[[CurriculumConfig, float], float]] = {
     "uniform":     lambda config, progress: 0.0,
     "progressive": lambda config, progress: config.start + (config.end - config.start) * progress,
 }  # fmt: skip
+
+
+def final_schedule(config: CurriculumConfig, schedule: Schedule) -> Schedule:
+    """The schedule where the last step of the training has it."""
+    return dataclasses.replace(schedule, location=schedule.location + SHIFTS[config.kind](config, 1.0))
 
 
 class Curriculum:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.activation import gelu
 from generator.rotary import Rotary, Turns
 from generator.schedule import trainable
 from generator.transformer import MLP, Attention, SwiGLU
@@ -129,7 +130,8 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)  # no weights, so it serves both branches
         self.attention = Attention(width, heads, qk_norm=qk_norm)
-        self.mlp = (SwiGLU if swiglu else MLP)(width, mlp_ratio * width)
+        hidden = mlp_ratio * width
+        self.mlp = SwiGLU(width, hidden) if swiglu else MLP(width, hidden, activation=gelu)
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(self, tokens: Tensor, condition: Tensor, turns: Turns | None = None) -> Tensor:

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from engine.device import check_sampling_precision
 from generator.condition import check_guidance, label_rows
 from generator.config import (
+    CurriculumConfig,
     DenoiserModelConfig,
     DiffusionSampleConfig,
     MixedScheduleConfig,
     ScheduleConfig,
     read_settings,
 )
+from generator.curriculum import final_schedule
 from generator.denoiser import DiT
 from generator.guidance import guided
 from generator.objective import Objective
@@ -37,7 +39,8 @@ FEATURE_LOGSNR = 2.0  # a little noise: less than the latents' own deviation, en
 class Diffusion(nn.Module):
     """A denoiser with all that sampling needs; `card` is what `train_generator` writes beside the weights.
 
-    `guide` is the weaker network of autoguidance, which whoever loads the generator attaches if the settings name one.
+    `guide` is the weaker network of autoguidance, which whoever loads the generator attaches; it acts on samples whose
+    settings name a guide, whatever the name.
     """
 
     family = "diffusion"
@@ -113,16 +116,22 @@ class Diffusion(nn.Module):
         )
 
     def check_settings(self, settings: DiffusionSampleConfig) -> None:
-        """Raise ValueError if this network was not trained for what the settings ask of it."""
+        """Raise ValueError if this network was not trained for what the settings ask of it, or they leave no steps."""
+        self.levels(settings)
         if settings.guide is None:
             check_guidance(
                 self.family, settings.guidance, num_classes=self.num_classes, label_dropout=self.label_dropout
             )
-        if settings.from_zero_snr and not self.objective.gain(torch.tensor([-math.inf], device="cpu")).isfinite():
+        if settings.from_zero_snr and not self._speaks_without_signal:
             raise ValueError(
                 "diffusion.sample.from_zero_snr starts without any signal, where this generator's target says nothing"
                 " of the image: leave it out, or train with diffusion.target=v"
             )
+
+    @property
+    def _speaks_without_signal(self) -> bool:
+        """Whether the target tells x0 from noise alone."""
+        return bool(self.objective.gain(torch.tensor([-math.inf], device="cpu")).isfinite())
 
     def _guide_of(self, settings: DiffusionSampleConfig) -> Diffusion | None:
         """The attached guide if the settings want one; raise ValueError if it is missing or of another kind."""
@@ -137,6 +146,11 @@ class Diffusion(nn.Module):
                 raise ValueError(
                     f"{named} has {key}={other}, this generator {own}: choose a guide of the same tokenizer and classes"
                 )
+        if settings.from_zero_snr and settings.guidance_first is None and not self.guide._speaks_without_signal:
+            raise ValueError(
+                f"{named} has a target that says nothing of the image without any signal, where"
+                " diffusion.sample.from_zero_snr starts: choose another guide, or set guidance_first"
+            )
         return self.guide
 
     @torch.inference_mode()
@@ -179,12 +193,16 @@ def build_denoiser(model: DenoiserModelConfig, card: dict[str, Any]) -> DiT:
         patch_size=model.patch_size,
         num_classes=card["num_classes"],
         mlp_ratio=model.mlp_ratio,
+        qk_norm=model.qk_norm,
+        rope=model.rope,
+        swiglu=model.swiglu,
     )
 
 
 def trained_schedule(card: dict[str, Any]) -> Schedule:
-    """The training schedule that a card names."""
+    """The training schedule that a card names, where its curriculum ends."""
     told = dict(card["config"].get("schedule", {}))
     if told.get("mixed"):
         told["mixed"] = MixedScheduleConfig(**told["mixed"])
-    return build_schedule(ScheduleConfig(**told))
+    curriculum = CurriculumConfig(**card["config"].get("curriculum", {}))
+    return final_schedule(curriculum, build_schedule(ScheduleConfig(**told)))

@@ -100,6 +100,7 @@ class Objective:
     def to_x0(self, output: Tensor, z: Tensor, logsnr: Tensor) -> Tensor:
         """The clean latents that a prediction implies."""
         alpha, sigma = variance_preserving(logsnr)
+        sigma = sigma.clamp(min=1e-30)  # of target x0 it cancels, though float32 may have none left
         c_x, c_eps = self._coefficients(alpha, sigma)
         return (beside(c_eps, z) * z - beside(sigma, z) * output) / beside(c_eps * alpha - sigma * c_x, z)
 

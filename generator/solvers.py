@@ -84,7 +84,7 @@ def euler(denoise: Denoise, z: Tensor, levels: Tensor) -> Tensor:
     Exact arithmetic makes each step DDIM's with eta 0: x_t + (t' - t) (eps - x0) = (1 - t') x0 + t' eps.
     """
     for here, there in _intervals(levels):
-        z = _flowed(z, _velocity(denoise, z, here), here, there)
+        z = _flowed(z, _move(denoise, z, here, there.time - here.time), here, there)
     return z
 
 
@@ -95,11 +95,11 @@ def heun(denoise: Denoise, z: Tensor, levels: Tensor) -> Tensor:
     flow's slope eps - x0 is bounded at both ends.
     """
     for here, there in _intervals(levels):
-        velocity = _velocity(denoise, z, here)
-        guess = _flowed(z, velocity, here, there)
+        gap = there.time - here.time
+        move = _move(denoise, z, here, gap)
+        guess = _flowed(z, move, here, there)
         if there is not CLEAN:
-            velocity = (velocity + _velocity(denoise, guess, there)) / 2
-            guess = _flowed(z, velocity, here, there)
+            guess = _flowed(z, (move + _move(denoise, guess, there, gap)) / 2, here, there)
         z = guess
     return z
 
@@ -125,9 +125,9 @@ def euler_maruyama(denoise: Denoise, z: Tensor, levels: Tensor, *, noise: Noise)
         x0 = _ask(denoise, z, here)
         if there is CLEAN:
             return x0
-        gap = here.time - there.time
-        x_t = z / here.scale - gap * (2 * _eps(z, x0, here) - x0)
-        z = there.scale * (x_t + math.sqrt(2 * here.time * gap) * noise().to(z))
+        gap, x_t = here.time - there.time, z / here.scale
+        move = 2 * gap / here.time * (x_t - x0) + gap * x0  # gap (2 eps - x0), as eps = (x_t - x0) / t + x0
+        z = there.scale * (x_t - move + math.sqrt(2 * here.time * gap) * noise().to(z))
     return z
 
 
@@ -183,20 +183,17 @@ def _ask(denoise: Denoise, z: Tensor, here: Level) -> Tensor:
     return denoise(z, z.new_full((len(z),), here.logsnr))
 
 
-def _eps(z: Tensor, x0: Tensor, here: Level) -> Tensor:
-    """The noise that an estimate of x0 implies."""
-    return (z - here.alpha * x0) / here.sigma
+def _move(denoise: Denoise, z: Tensor, here: Level, gap: float) -> Tensor:
+    """How far x_t goes in a time `gap` at the linear flow's slope at z, dx_t/dt = eps - x0 = (x_t - x0) / t.
+
+    Quotients of times come first: where there is hardly any noise eps alone lies beyond float32.
+    """
+    return (gap / here.time) * (z / here.scale - _ask(denoise, z, here))
 
 
-def _velocity(denoise: Denoise, z: Tensor, here: Level) -> Tensor:
-    """Slope of the linear flow, dx_t/dt = eps - x0."""
-    x0 = _ask(denoise, z, here)
-    return _eps(z, x0, here) - x0
-
-
-def _flowed(z: Tensor, velocity: Tensor, here: Level, there: Level) -> Tensor:
-    """Straight on along the linear flow, from z at one level to z at the next."""
-    return there.scale * (z / here.scale + (there.time - here.time) * velocity)
+def _flowed(z: Tensor, move: Tensor, here: Level, there: Level) -> Tensor:
+    """From z at one level to z at the next, by a move of the linear flow's x_t."""
+    return there.scale * (z / here.scale + move)
 
 
 def _renoised(
@@ -204,14 +201,12 @@ def _renoised(
 ) -> Tensor:
     """z at the next level if x0 is right: alpha' x0 + sigma' e.
 
-    e has unit variance: it is the eps of z, of which fresh noise replaces a part w, e = sqrt(1 - w^2) eps + w n with
-    w = eta sqrt(1 - e^(lambda - lambda')).
+    e has unit variance: it is the eps = (z - alpha x0) / sigma of z, of which fresh noise replaces a part w, e =
+    sqrt(1 - w^2) eps + w n with w = eta sqrt(1 - e^(lambda - lambda')).
     """
-    eps = _eps(z, x0, here)
     w = eta * math.sqrt(-math.expm1(here.logsnr - there.logsnr))
-    if w and noise is not None and there is not CLEAN:
-        eps = math.sqrt(1 - w * w) * eps + w * noise().to(z)
-    return there.alpha * x0 + there.sigma * eps
+    z = there.alpha * x0 + math.sqrt(1 - w * w) * there.sigma / here.sigma * (z - here.alpha * x0)
+    return z if noise is None or not w or there is CLEAN else z + w * there.sigma * noise().to(z)
 
 
 def _multistep(denoise: Denoise, z: Tensor, levels: Tensor, *, noise: Noise | None) -> Tensor:

@@ -15,6 +15,8 @@ from torch import Tensor
 from generator.path import cosine_logsnr, cosine_time, flow_logsnr, flow_time, noise_to_signal
 from generator.schedule import Schedule
 
+LARGEST_LOGSNR = 700.0  # not far beyond it a float64 sigma is 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
@@ -101,7 +103,8 @@ def solver_levels(
         from_zero_snr: the first level is -inf instead; the others are spaced from there (a list's first is replaced).
 
     Raises:
-        ValueError: an unknown kind, fewer than one step, levels in the wrong order, or what a kind needs is missing.
+        ValueError: an unknown kind, fewer than one step, levels in the wrong order, what a kind needs is missing, or
+            the steps find no room above `first`.
     """
     if kind not in STEPS:
         raise ValueError(f"diffusion.sample.steps={kind!r} is unknown; choose one of {', '.join(STEPS)}")
@@ -116,6 +119,12 @@ def solver_levels(
     levels = STEPS[kind](Span(num=num, first=start, last=last, rho=rho, listed=tuple(listed), schedule=schedule))
     if from_zero_snr:
         levels[0] = -math.inf
+    if not (bool((levels.diff() > 0).all()) and float(levels[-1]) <= LARGEST_LOGSNR):
+        raise ValueError(
+            f"diffusion.sample.steps={kind} with num_steps={num}, first_logsnr={first} stops at log SNRs from"
+            f" {float(levels[0]):.6g} to {float(levels[-1]):.6g}, which must rise, to {LARGEST_LOGSNR:.0f} at most:"
+            " lower first_logsnr or num_steps, or use steps=cosine"
+        )
     return levels
 
 

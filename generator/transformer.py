@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 
 from engine.attention import attention, drop
 from generator.rotary import Turns, rotate
+
+tanh_gelu = partial(F.gelu, approximate="tanh")
 
 
 class KVCache:
@@ -143,16 +147,19 @@ class Dropout(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, GELU (tanh approximation), dropout, linear: [..., D] to [..., D]."""
+    """Linear, activation (GELU, tanh approximation), dropout, linear: [..., D] to [..., D]."""
 
-    def __init__(self, width: int, hidden: int, *, dropout: float = 0.0) -> None:
+    def __init__(
+        self, width: int, hidden: int, *, dropout: float = 0.0, activation: Callable[[Tensor], Tensor] = tanh_gelu
+    ) -> None:
         super().__init__()
         self.rise = nn.Linear(width, hidden)
+        self.activation = activation
         self.dropout = Dropout(dropout)
         self.fall = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fall(self.dropout(F.gelu(self.rise(x), approximate="tanh")))
+        return self.fall(self.dropout(self.activation(self.rise(x))))
 
 
 class SwiGLU(nn.Module):

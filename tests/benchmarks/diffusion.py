@@ -1,10 +1,12 @@
 """Training and sampling of DiT beside diffusers' DiTTransformer2DModel of the same shape.
 
-    python tests/benchmarks/diffusion.py train [--batch 8] [--repeats 5]         forward and backward, then AdamW too
-    python tests/benchmarks/diffusion.py sample [--batch 64] [--latents 3 32 32 --patch 8]
+    python tests/benchmarks/diffusion.py train [--batch 8] [--repeats 5] [--threads 1] [--which ours] [--keep-memory]
+    python tests/benchmarks/diffusion.py sample [--batch 64] [--preset mini --latents 3 32 32 --patch 4]
 
-DiT-S/2 on latents of 4 x 32 x 32, which are 256 tokens, 1,000 classes. The two take turns in one process, after a first
-step of each; told are the medians. CPU time stands beside wall time: where other work disturbs, it is what to compare.
+DiT-S/2 on latents of 4 x 32 x 32, which are 256 tokens, and 1,000 classes. The two take turns in one process, after a
+first step of each; told are the medians. CPU time stands beside wall time: where other work disturbs, compare that of
+one thread, as threads that wait for each other count too. --which times one of them alone, and --keep-memory sets the
+allocator as a run of ours does, which is a setting of the whole process.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from engine.allocator import keep_freed_memory
 from engine.flops import TRAINING_FACTOR, forward_flops, matmul_rate
 from engine.products import packed
 from generator.config import DENOISER_PRESETS
@@ -31,13 +34,12 @@ NUM_CLASSES = 1000
 
 
 def build(args: argparse.Namespace) -> DiT:
-    """Ours, with gates and output away from zero: what is zero may be skipped or be denormal later."""
+    """Ours, with gates and output away from zero, so that no product is of zeros."""
     torch.manual_seed(0)
     depth, width, heads = DENOISER_PRESETS[args.preset]
-    switches = {name: name in args.switch for name in ("qk_norm", "rope", "swiglu")}
     network = DiT(
         tuple(args.latents), depth=depth, width=width, heads=heads, patch_size=args.patch, num_classes=NUM_CLASSES,
-        **{name: on for name, on in switches.items() if on},
+        **dict.fromkeys(args.switch, True),
     )  # fmt: skip
     for name, parameter in network.named_parameters():
         if "modulation" in name or name.startswith("output"):
@@ -46,7 +48,8 @@ def build(args: argparse.Namespace) -> DiT:
 
 
 def inputs(batch: int, network: DiT) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.randn(batch, *network.latent_shape), torch.linspace(-8, 8, batch), torch.arange(batch) * 7 % 1000
+    labels = torch.arange(batch) * 7 % NUM_CLASSES
+    return torch.randn(batch, *network.latent_shape), torch.linspace(-8, 8, batch), labels
 
 
 class Turns:
@@ -90,7 +93,7 @@ def compare_training(args: argparse.Namespace) -> None:
             output = outputs[name]()
         (output.float() - x).square().mean().backward()
 
-    named = ("ours", "diffusers")
+    named = ("ours", "diffusers") if args.which == "both" else (args.which,)
     turns = Turns(
         {
             **{name: lambda name=name: gradients(name) for name in named},
@@ -107,6 +110,8 @@ def compare_training(args: argparse.Namespace) -> None:
             f"{name}: forward and backward {wall:.3f} s wall, {cpu:.3f} s CPU, {flops / wall / rate:.2f} of the matrix "
             f"rate {rate / 1e9:.0f} GFLOP/s bf16; AdamW {optimizer:.3f} s more"
         )
+    if args.which != "both":
+        return
     both = [turns.medians(name)[0] + turns.medians(f"{name}, AdamW")[0] for name in named]
     wall, cpu = turns.ratios(*named)
     print(f"ratio {wall:.2f} wall, {cpu:.2f} CPU; with AdamW {both[1] / both[0]:.2f} wall")
@@ -145,11 +150,15 @@ def main() -> None:
     parser.add_argument("--latents", type=int, nargs=3, default=(4, 32, 32))
     parser.add_argument("--patch", type=int, default=2)
     parser.add_argument("--switch", nargs="+", default=(), choices=("qk_norm", "rope", "swiglu"), help="of ours")
+    parser.add_argument("--which", choices=("both", "ours", "diffusers"), default="both", help="for train")
+    parser.add_argument("--keep-memory", action="store_true", help="set the allocator as engine/allocator.py does")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.keep_memory and not keep_freed_memory():
+        raise SystemExit("--keep-memory needs glibc")
     tasks[args.task](args)
 
 

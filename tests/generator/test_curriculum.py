@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from generator.config import CurriculumConfig, ScheduleConfig
-from generator.curriculum import SHIFTS, Curriculum
+from generator.config import CurriculumConfig, MixedScheduleConfig, ScheduleConfig
+from generator.curriculum import SHIFTS, Curriculum, final_schedule
 from generator.schedule import MAX_LOGSNR, build_schedule
 
 SCHEDULE = build_schedule(ScheduleConfig(kind="laplace"))
@@ -26,7 +26,8 @@ def test_every_choice_has_a_row() -> None:
 
 def test_uniform_is_the_schedule_throughout() -> None:
     for step in (0, 50, 100):
-        assert torch.equal(build("uniform", start=3.0, end=-3.0).draw(U, step), SCHEDULE(U))
+        assert torch.equal(build("uniform").draw(U, step), SCHEDULE(U))
+    assert final_schedule(CurriculumConfig(), SCHEDULE) == SCHEDULE
 
 
 def test_progressive_moves_the_schedule_along_a_line() -> None:
@@ -42,6 +43,23 @@ def test_progressive_moves_the_schedule_along_a_line() -> None:
 def test_a_training_that_is_over_or_has_one_step_is_at_its_end() -> None:
     assert build(end=-1.5).shift(500) == -1.5
     assert build(steps=1, end=-1.5).shift(0) == -1.5
+
+
+def test_a_step_draws_by_its_share_of_the_training() -> None:
+    """So a training that goes on to more steps than it began with draws as a longer one does there."""
+    for short, long in ((0, 0), (50, 100), (100, 200)):
+        assert torch.equal(build(steps=101).draw(U, short), build(steps=201).draw(U, long))
+    assert build(steps=201).shift(100) != build(steps=101).shift(100)
+
+
+def test_the_schedule_ends_where_the_last_step_draws() -> None:
+    mixed = build_schedule(ScheduleConfig(kind="cosine", mixed=MixedScheduleConfig(kind="cauchy", location=1.0)))
+    for schedule in (SCHEDULE, mixed):
+        config = CurriculumConfig(kind="progressive", start=3.0, end=-1.5)
+        ended = final_schedule(config, schedule)
+        torch.testing.assert_close(ended(U), Curriculum(config, schedule, steps=7).final(U))
+        torch.testing.assert_close(ended.cdf(ended.inverse(U)), U.double(), rtol=0, atol=1e-9)
+        torch.testing.assert_close(ended.pdf(U - 1.5), schedule.pdf(U))
 
 
 def test_draws_stay_in_the_range_of_training_and_rise_with_u() -> None:

@@ -15,6 +15,7 @@ from engine.batches import StepRandom
 from engine.config import TrainConfig, to_dict
 from engine.shards import Shards, ShardWriter, open_shards
 from generator.config import (
+    CurriculumConfig,
     DenoiserModelConfig,
     DiffusionConfig,
     DiffusionSampleConfig,
@@ -244,6 +245,15 @@ def test_a_missing_or_foreign_guide_is_refused(trained: DiffusionTask, guidable:
             guidable.sample(None, [0], **guided)
 
 
+def test_a_guide_without_a_word_at_the_start_is_refused(guidable: Diffusion, shards: Shards) -> None:
+    guidable.guide = make_task(shards, DiffusionConfig(model=MODEL, target="eps")).generator
+    guided = {**SAMPLING, "guidance": 2.0, "guide": "weaker"}
+    with pytest.raises(ValueError, match=r"guide='weaker' has a target that .*\.from_zero_snr starts: choose another"):
+        guidable.sample(None, [0], **guided, from_zero_snr=True)
+    for settings in ({}, {"from_zero_snr": True, "guidance_first": -9.0}):
+        assert guidable.sample(None, [0], **guided, **settings).isfinite().all()
+
+
 def test_steps_in_time_are_those_of_the_training_schedule(shards: Shards) -> None:
     mixed = ScheduleConfig(kind="laplace", mixed=MixedScheduleConfig(kind="cosine", share=0.2))
     for config in (mixed, ScheduleConfig(kind="edm", location=1.0), ScheduleConfig()):
@@ -251,6 +261,20 @@ def test_steps_in_time_are_those_of_the_training_schedule(shards: Shards) -> Non
         levels = generator.levels(DiffusionSampleConfig(steps="time", num_steps=10))
         expected = solver_levels("time", 10, first=-10.0, last=10.0, schedule=build_schedule(config))
         torch.testing.assert_close(levels, expected)
+
+
+def test_steps_in_time_follow_the_curriculum_to_its_end(shards: Shards) -> None:
+    curriculum = CurriculumConfig(kind="progressive", start=3.0, end=-1.0)
+    generator = make_task(shards, DiffusionConfig(model=MODEL, curriculum=curriculum)).generator
+    levels = generator.levels(DiffusionSampleConfig(steps="time", num_steps=10))
+    moved = build_schedule(ScheduleConfig(location=-1.0))
+    torch.testing.assert_close(levels, solver_levels("time", 10, first=-10.0, last=10.0, schedule=moved))
+
+
+def test_steps_that_find_no_room_are_refused_before_training(shards: Shards) -> None:
+    schedule, sample = ScheduleConfig(kind="edm", location=-15.0, scale=0.5), DiffusionSampleConfig(steps="time")
+    with pytest.raises(ValueError, match=r"diffusion\.sample\.steps=time .* must rise"):
+        make_task(shards, DiffusionConfig(model=MODEL, schedule=schedule, sample=sample))
 
 
 def test_labels_are_dropped_at_their_rate(shards: Shards) -> None:

@@ -91,6 +91,14 @@ def test_without_any_signal_the_output_alone_says_x0(path: str, target: str) -> 
     torch.testing.assert_close(objective.to_x0(objective.target_of(X0, EPS, end), EPS, end), X0)
 
 
+@pytest.mark.parametrize(("path", "target"), PAIRS)
+def test_almost_without_noise_x0_is_what_is_seen_or_said(path: str, target: str) -> None:
+    """Where sigma has no float32 any more; solvers may ask there."""
+    objective, x0 = Objective(path=path, target=target), X0[:4].float()
+    logsnr = torch.tensor([60.0, 120.0, 400.0, math.inf])
+    torch.testing.assert_close(objective.to_x0(objective.target_of(x0, x0 + 1, logsnr), x0, logsnr), x0)
+
+
 # Gains and weights
 
 

@@ -71,6 +71,22 @@ def test_a_schedule_without_so_much_noise_starts_at_its_own_end() -> None:
     assert float(solver_levels("time", 5, first=-60.0, last=8.0, schedule=edm)[0]) == -60.0
 
 
+@pytest.mark.parametrize(("kind", "location"), [("edm", -15.0), ("ddpm", -25.0), ("laplace", -30.0)])
+def test_a_schedule_that_has_no_draws_above_the_first_level_is_refused(kind: Any, location: float) -> None:
+    schedule = build_schedule(ScheduleConfig(kind=kind, location=location, scale=0.5))
+    with pytest.raises(ValueError, match=r"steps=time with num_steps=5, first_logsnr=-10\.0 .* must rise.*: lower"):
+        solver_levels("time", 5, first=-10.0, last=8.0, schedule=schedule)
+    assert bool((solver_levels("time", 5, first=-40.0, last=8.0, schedule=schedule).diff() > 0).all())
+
+
+def test_levels_beyond_all_numbers_are_refused() -> None:
+    cauchy = build_schedule(ScheduleConfig(kind="cauchy"))
+    assert float(solver_levels("time", 1000, first=-10.0, last=8.0, schedule=cauchy)[-1]) > 300
+    for kind, num, last, listed in (("time", 4000, 8.0, ()), ("logsnr", 3, 900.0, ()), ("list", 1, 8.0, (0.0, 701.0))):
+        with pytest.raises(ValueError, match=rf"steps={kind} .* to 700 at most"):
+            solver_levels(kind, num, first=-10.0, last=last, listed=listed, schedule=cauchy)
+
+
 def test_logsnr_steps_are_even_from_first_to_last() -> None:
     levels = solver_levels("logsnr", 5, first=-8.0, last=8.0)
     torch.testing.assert_close(levels, torch.tensor([-8.0, -4.0, 0.0, 4.0, 8.0], dtype=torch.float64))
