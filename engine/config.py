@@ -318,4 +318,4 @@ def _innermost(message: str) -> str:
         *("- Expected a <class 'NoneType'>", "- Problem with given class_path"),
     )
     lines = [line.strip() for line in message.splitlines()]
-    return " ".join(line for line in lines if line and not line.startswith(noise))
+    return " ".join(line.removeprefix("- ") for line in lines if line and not line.startswith(noise))

@@ -12,6 +12,7 @@ from engine.checkpoint import load_model, write_json
 from engine.config import DataConfig, RunConfig
 from engine.device import Device
 from engine.images import ImageSet
+from engine.snapshots import snapshots
 from engine.sources import open_images
 from eval.classifier import Classifier, check_classes, load_classifier, train_classifier
 from eval.config import EvalConfig
@@ -45,7 +46,7 @@ from eval.taps import (
     tokenizer_representation,
 )
 from eval.tokenizer_scores import load_lpips, lpips_nets, score_tokenizer
-from eval.variants import GeneratorConfig, Sampling, samplings, snapshot_samplings
+from eval.variants import GeneratorConfig, Sampling, drawn_from, samplings, snapshot_samplings
 from generator.config import AutoregressiveConfig, DiffusionConfig
 from generator.sample import open_generator
 from generator.sample_folder import read_samples
@@ -91,7 +92,7 @@ class Subject:
     def fingerprints(self) -> list[str]:
         """Of all the models of the run, and of all weights that samples are drawn from, as they are now."""
         folders = [self.run.tokenizer_folder / "tokenizer", *(self.run.folder / family for family in self.families)]
-        drawn = [open_generator(self.run.folder, each.config).fingerprint for each in self.samplings]
+        drawn = [each for sampling in self.samplings for each in drawn_from(self.run.folder, sampling.config)]
         return [load_model(folder)[0]["fingerprint"] for folder in folders] + drawn
 
     def generator(self, family: str) -> Any:
@@ -136,6 +137,9 @@ def evaluate(
     present = {family: config for family, config in sections.items() if config is not None}
     asked, families = samplings(eval, present), _trained(run.folder, present)
     asked = [each for each in asked if each.family in families]
+    parts = [only] if only else ["reconstruction", "fid", "probe"]
+    if eval.snapshots and "fid" in parts:
+        check_snapshots(run.folder, families)
     subject = Subject(
         run=run,
         config=eval,
@@ -146,7 +150,6 @@ def evaluate(
         samplings=[*asked, *(snapshot_samplings(run.folder, families) if eval.snapshots else ())],
         device=device,
     )
-    parts = [only] if only else ["reconstruction", "fid", "probe"]
     if "fid" in parts:
         check_enough_real(subject.train_set, eval.num_samples)
     extractors = [] if only == "probe" else open_extractors(subject)
@@ -165,6 +168,15 @@ def evaluate(
         print(table(records))
     device.barrier()
     return records
+
+
+def check_snapshots(folder: Path, families: dict[str, GeneratorConfig]) -> None:
+    """Raise ValueError if snapshots are to be scored, but a trained diffusion model has none."""
+    if "diffusion" in families and not snapshots(folder / "diffusion"):
+        raise ValueError(
+            f"eval.snapshots=true, but {folder / 'diffusion'} was trained without snapshots: leave it out, or train"
+            " with diffusion.train.snapshot_every under another run.name"
+        )
 
 
 def check(*, data: DataConfig, eval: EvalConfig, device: Device) -> None:

@@ -188,27 +188,33 @@ def measure_diffusion_step(bench: Bench, config: DiffusionConfig, shards: Shards
 
 
 def measure_solving(bench: Bench, config: DiffusionConfig, card: dict[str, Any]) -> None:
-    """Sampling with the configured solver: as many of its steps as time allows, counted as that part of an image."""
+    """Sampling with the configured solver: as many of its steps as time allows, counted as that part of an image.
+
+    Another network that guides is left out.
+    """
     name, device = "diffusion sampling", bench.device.device
     bench.begin(name, torch.float32)
     generator = Diffusion(build_denoiser(config.model, card), card).to(device).eval().requires_grad_(False)
     flops = denoiser_flops(generator.network)
     batch = min(config.sample.batch_size, max(1, int(bench.affordable(2 * flops, 1 / 32))))
     labels = spread_labels(batch, generator.num_classes)
+    sample, total = config.sample, len(config.sample.levels) or config.sample.num_steps
+    alone = "" if sample.guide is None else "without its guide"
+    sample = replace(sample, guide=None, guidance=1.0) if alone else sample
     evaluated: list[int] = []  # rows of each call of the network
     generator.network.register_forward_pre_hook(lambda _, inputs: evaluated.append(len(inputs[0])))
 
     def draw(steps: int) -> Tensor:
         evaluated.clear()
-        settings = asdict(replace(config.sample, num_steps=steps, batch_size=batch))
+        settings = asdict(replace(sample, num_steps=steps, levels=sample.levels[:steps], batch_size=batch))
         return generator.sample(labels, range(batch), **settings)
 
-    steps = _fitting(draw, config.sample.num_steps, bench)
+    steps = _fitting(draw, total, bench)
     times = time_calls(lambda: draw(steps), device=bench.device, seconds=bench.seconds / 2)
-    done = f"{steps} steps of {config.sample.num_steps} with {config.sample.solver}"
+    done = f"{steps} steps of {total} with {sample.solver}"
     bench.end(
-        name, times, images=batch * steps / config.sample.num_steps, batch_size=batch, flops=flops * sum(evaluated),
-        note=", ".join(filter(None, [cut(batch, config.sample.batch_size), done])),
+        name, times, images=batch * steps / total, batch_size=batch, flops=flops * sum(evaluated),
+        note=", ".join(filter(None, [cut(batch, sample.batch_size), done, alone])),
     )  # fmt: skip
 
 

@@ -39,7 +39,8 @@ class Stopwatch(Task):
 
     def __init__(self, task: Task, *, seconds: float, device: Device) -> None:
         self.task, self.device, self.seconds = task, device, seconds
-        self.modules, self.optimizers, self.averaged = task.modules, task.optimizers, task.averaged
+        self.modules, self.optimizers = task.modules, task.optimizers
+        self.averaged, self.auxiliary = task.averaged, task.auxiliary
         self.ends: list[float] = []
 
     def before_step(self) -> None:

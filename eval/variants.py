@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.config import changed
+from engine.config import TrainConfig, changed
 from engine.snapshots import snapshots
 from eval.config import EvalConfig
+from generator.condition import check_guidance
 from generator.config import AutoregressiveConfig, DiffusionConfig
+from generator.sample import open_generator
+from generator.snapshots import load_generator, which_weights
 
 GeneratorConfig = AutoregressiveConfig | DiffusionConfig
 
@@ -46,6 +50,70 @@ def samplings(config: EvalConfig, families: Mapping[str, GeneratorConfig]) -> li
         section = getattr(changed(Families(**{family: families[family]}), values, where), family)  # type: ignore[arg-type]
         found.append(Sampling(f"{family}@{name}", family, section))
     return found
+
+
+def drawn_from(run: Path, config: GeneratorConfig) -> list[str]:
+    """Fingerprints of the network that samples, with just the weights that the configuration names, and of its guide.
+
+    Raises:
+        ValueError: as `open_generator`.
+    """
+    generator = open_generator(run, config)
+    guide = getattr(generator, "guide", None)
+    return [generator.fingerprint, *([] if guide is None else [guide.fingerprint])]
+
+
+def names_weights(config: GeneratorConfig) -> bool:
+    """Whether a sample section names a snapshot, an average or a guide."""
+    return any(value is not None for value in which_weights(dataclasses.asdict(config.sample)).values())
+
+
+def check_samplings(config: EvalConfig, families: Mapping[str, GeneratorConfig], *, classes: int, run: Path) -> None:
+    """Raise now the ValueError that sampling would raise after the training of a run with so many classes of images:
+    nothing to guide by, or weights that will not be kept."""
+    for subject, family, section in samplings(config, families):
+        dropout = section.model.label_dropout
+        try:
+            if getattr(section.sample, "guide", None) is None:  # another network that guides needs no null label
+                known = 0 if dropout == 1 else classes
+                check_guidance(family, section.sample.guidance, num_classes=known, label_dropout=dropout)
+            if isinstance(section, DiffusionConfig):
+                _check_weights(section, run / family)
+        except ValueError as error:
+            raise ValueError(f"samples of {subject}: {error}") from error
+    diffusion = families.get("diffusion")
+    if config.snapshots and not (diffusion and (diffusion.train.snapshot_every or snapshots(run / "diffusion"))):
+        raise ValueError(
+            "eval.snapshots=true, but no snapshots are taken: set diffusion.train.snapshot_every, or leave it out"
+        )
+
+
+def _check_weights(config: DiffusionConfig, stage: Path) -> None:
+    """Raise ValueError if the stage in this folder will have no such snapshot or average, or there is no such guide."""
+    sample, train, guide = config.sample, config.train, config.sample.guide
+    step = re.fullmatch(r"step-(\d+)", guide or "")
+    for key, wanted in (("snapshot", sample.snapshot), ("guide", int(step[1]) if step else None)):
+        if wanted is not None and not _is_kept(train, wanted) and wanted not in snapshots(stage):
+            raise ValueError(
+                f"diffusion.sample.{key}={getattr(sample, key)}, but there is no snapshot of step {wanted}, nor will"
+                f" there be with diffusion.train.snapshot_every={train.snapshot_every}, steps={train.steps}"
+            )
+    if sample.ema_width is not None and not train.ema_widths:
+        raise ValueError(
+            f"diffusion.sample.ema_width={sample.ema_width} is made of averages that training keeps with"
+            " diffusion.train.ema_widths alone: set it, to [0.05,0.1] for instance, and snapshot_every"
+        )
+    if guide is not None and not step:
+        try:
+            load_generator(guide, "diffusion")
+        except ValueError as error:
+            raise ValueError(f"diffusion.sample.guide={guide!r}: {error}") from error
+
+
+def _is_kept(train: TrainConfig, step: int) -> bool:
+    """Whether the training keeps a snapshot of a step."""
+    every = train.snapshot_every
+    return every > 0 and (step == train.steps or (0 < step < train.steps and step % every == 0))
 
 
 def snapshot_samplings(run: Path, families: Mapping[str, GeneratorConfig]) -> Iterator[Sampling]:

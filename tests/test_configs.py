@@ -15,6 +15,7 @@ from engine.config import TrainConfig, section_type, to_dict, to_yaml
 from engine.sources import SOURCES
 from eval.variants import samplings
 from generator.autoregressive import build_network
+from generator.curriculum import SHIFTS
 from generator.diffusion import build_denoiser
 from generator.objective import TARGETS, WEIGHTS, Objective
 from generator.path import PATHS
@@ -90,6 +91,7 @@ TABLES = {
     "diffusion.path": PATHS,
     "diffusion.schedule.kind": SCHEDULES,
     "diffusion.schedule.mixed.kind": SCHEDULES,
+    "diffusion.curriculum.kind": SHIFTS,
     "diffusion.target": TARGETS,
     "diffusion.weight": WEIGHTS,
     "diffusion.sample.solver": {**ODE_SOLVERS, **SDE_SOLVERS},

@@ -239,8 +239,8 @@ class TokenizerConfig:
     """Run or tokenizer folder whose encoder and codebook are taken over and kept: only the decoder learns, and codes
     stay valid."""
     latent_statistics: Literal["per_channel", "static"] = "per_channel"
-    """How latents are normalised: each channel to zero mean and unit variance, or all by one factor without a shift to
-    a mean square of 1, as Stable Diffusion does, which keeps the channels' proportions."""
+    """How latents are normalised: each channel to zero mean and unit variance, or all by one factor without a shift, to
+    a mean square of 1, which keeps the channels' proportions; Stable Diffusion has one factor, too."""
     views: int = 1
     """Versions of each training image on disk, of which a generator draws one: the centre crop, then others as
     data.crop draws them, every second one mirrored if data.flip."""

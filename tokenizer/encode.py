@@ -58,9 +58,14 @@ def borrowed_tokenizer(run: RunConfig, data: DataConfig) -> Tokenizer:
     """The tokenizer of the run that run.tokenizer names.
 
     Raises:
-        ValueError: it has no finished one, or one of another image size.
+        ValueError: it has no finished one, or one of another image size, or this run has one of its own.
     """
     folder = run.tokenizer_folder
+    if (run.folder / "tokenizer").is_dir():
+        raise ValueError(
+            f"run.tokenizer={run.tokenizer}, but {run.folder} has a tokenizer of its own: leave run.tokenizer out, or"
+            " give this run another name (--run.name=...)"
+        )
     if not (folder / "tokenizer" / "model.json").is_file():
         told = "give the folder of a run that has trained one"
         raise ValueError(f"run.tokenizer={run.tokenizer}: {folder / 'tokenizer'} holds no finished tokenizer; {told}")

@@ -386,8 +386,8 @@ def shift_and_scale(kind: str, count: Tensor, first: Tensor, second: Tensor) -> 
     """What is subtracted from each channel of the latents, and what they are then divided by, float64 [C] each.
 
     Of `count` numbers per channel with the sum `first` and the sum of squares `second`, [C] each. `per_channel` leaves
-    zero mean and unit variance; `static` divides all by the root of their mean square: one factor, as in latent
-    diffusion (arXiv 2112.10752).
+    zero mean and unit variance; `static` divides all by the root of their mean square. Latent diffusion (arXiv
+    2112.10752) has one factor too, the deviation from the common mean.
     """
     mean, mean_square = first / count, second / count
     if kind == "static":

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
-from engine.checkpoint import load_model, write_atomic
-from tokenloom.run_files import tokenizer_folder
+from engine.checkpoint import load_model, save_model, write_atomic
+from generator.snapshots import load_generator
+from tokenloom.run_files import FAMILIES, tokenizer_folder
 
 STAGES = ("tokenizer", "autoregressive", "diffusion")
 
@@ -14,36 +16,62 @@ STAGES = ("tokenizer", "autoregressive", "diffusion")
 def export(run: Path, out: Path) -> Path:
     """Copy the verified weights and cards of a run, and its scores, to `out`; returns it.
 
-    A tokenizer that the run takes from another one is copied from there.
+    A tokenizer that the run takes from another one is copied from there. Snapshots stay behind: of a model whose own
+    samples are drawn from one, or from an average made of them, these very weights are written.
 
     Raises:
-        ValueError: the run has no finished tokenizer, a file is damaged, or `out` holds other things.
+        ValueError: the run has no finished tokenizer, a file is damaged, samples are guided by a snapshot, or `out`
+            holds other things.
     """
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"--out={out} is not empty: give a new folder")
     stages = [stage for stage in STAGES if stage == "tokenizer" or (run / stage / "model.json").exists()]
     homes = {stage: (tokenizer_folder(run) if stage == "tokenizer" else run) / stage for stage in stages}
     cards = {stage: load_model(home)[0] for stage, home in homes.items()}
-    for stage, home in homes.items():
-        (out / stage).mkdir(parents=True, exist_ok=True)
-        for name in ("model.safetensors", "model.json"):
-            shutil.copyfile(home / name, out / stage / name)
+    for card in cards.values():
+        _check_guide(card)
+    fingerprints = {stage: _write_model(cards[stage], home, out / stage) for stage, home in homes.items()}
     for name in ("config.yaml", "eval/metrics.json"):
         if (run / name).exists():
             shutil.copyfile(run / name, out / Path(name).name)
-    lines = [f"| {stage} | `{card['fingerprint']}` |" for stage, card in cards.items()]
-    write_atomic(out / "README.md", "\n".join([*CARD, *lines, ""]).encode())
+    lines = [f"| {stage} | `{fingerprint}` |" for stage, fingerprint in fingerprints.items()]
+    write_atomic(out / "README.md", "\n".join([*_usage(cards), *FACTS, *lines, ""]).encode())
     return out
 
 
-CARD = [
-    "# tokenloom models",
-    "",
-    "```python",
-    "import tokenloom",
-    'images = tokenloom.sample("this-folder", "autoregressive", labels=[0, 1, 2], seeds=[0, 1, 2])',
-    "```",
-    "",
+def _check_guide(card: dict[str, Any]) -> None:
+    guide = card.get("sample", {}).get("guide")
+    if guide is not None and guide.startswith("step-"):
+        raise ValueError(
+            f"diffusion.sample.guide={guide} is a snapshot, which an export leaves behind: name the folder of a model"
+            " instead, or set diffusion.sample.guide=null; `tokenloom generator` then writes it into model.json"
+        )
+
+
+def _write_model(card: dict[str, Any], home: Path, out: Path) -> str:
+    """Write the model in `home`, with the weights that its own samples are drawn from; returns their fingerprint."""
+    sample = card.get("sample", {})
+    chosen = {key: sample[key] for key in ("snapshot", "ema_width") if sample.get(key) is not None}
+    if chosen:
+        generator = load_generator(home, card["family"], **chosen)
+        told = {**generator.card, "sample": {**sample, **dict.fromkeys(chosen)}}
+        return save_model(out, generator.network.state_dict(), told)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("model.safetensors", "model.json"):
+        shutil.copyfile(home / name, out / name)
+    return card["fingerprint"]
+
+
+def _usage(cards: dict[str, dict[str, Any]]) -> list[str]:
+    """How to use the models from Python."""
+    family = next((family for family in FAMILIES if family in cards), None)
+    labels = "labels=[0, 1, 2], " if family and cards[family]["num_classes"] > 2 else ""
+    call = f'tokenloom.sample("this-folder", "{family}", {labels}seeds=[0, 1, 2])'
+    line = f"images = {call}" if family else 'tokenizer = tokenloom.load_tokenizer("this-folder")'
+    return ["# tokenloom models", "", "```python", "import tokenloom", line, "```", ""]
+
+
+FACTS = [
     "`config.yaml` says how they were trained, `metrics.json` how they scored and under which protocol.",
     "",
     "| model | fingerprint |",

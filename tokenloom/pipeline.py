@@ -14,16 +14,15 @@ import torch
 import eval.run as judge
 from engine.batches import part_rows
 from engine.checkpoint import write_atomic, write_json
-from engine.config import to_dict, to_yaml
+from engine.config import difference, to_dict, to_yaml
 from engine.device import Device, check_sampling_precision
 from engine.log import clock
 from engine.resume import completed
 from engine.sources import open_images
 from eval.protocol import Record
-from eval.variants import samplings
+from eval.variants import check_samplings, drawn_from, names_weights, samplings
 from generator import sample as sampling
 from generator import train as generating
-from generator.condition import check_guidance
 from generator.config import AutoregressiveConfig, DiffusionConfig
 from tokenizer import encode as encoding
 from tokenizer import train as tokenizing
@@ -69,21 +68,27 @@ def check(experiment: Experiment, device: Device) -> None:
             part_rows(stage.train.batch_size, 0, device.world * stage.train.accumulate)
     if experiment.run.tokenizer is None and experiment.tokenizer.loss.perceptual:
         open_perceptual(experiment.tokenizer.loss.perceptual_network, image_size=experiment.data.size)
-    classes = len(open_images(experiment.data, "train").class_names)
-    for subject, _, config in samplings(experiment.eval, dict(experiment.generators())):
-        dropout = config.model.label_dropout
-        known = 0 if dropout == 1 else classes
-        if getattr(config.sample, "guide", None) is None:  # another network that guides needs no null label
-            check_guidance(subject, config.sample.guidance, num_classes=known, label_dropout=dropout)
-        check_sampling_precision(subject, config.sample.precision, device.device)
+    classes, families = len(open_images(experiment.data, "train").class_names), dict(experiment.generators())
+    check_samplings(experiment.eval, families, classes=classes, run=experiment.run.folder)
+    for _, family, config in samplings(experiment.eval, families):
+        check_sampling_precision(family, config.sample.precision, device.device)
     judge.check(data=experiment.data, eval=experiment.eval, device=device)
 
 
 def check_tokenizer(experiment: Experiment) -> None:
-    """Raise ValueError unless the run that run.tokenizer names has what the generators need: tokenizer and codes."""
-    tokenizer = encoding.borrowed_tokenizer(experiment.run, experiment.data)
+    """Raise ValueError unless the run that run.tokenizer names has what the generators need: tokenizer and codes of
+    these images."""
+    run, data = experiment.run, experiment.data
+    tokenizer = encoding.borrowed_tokenizer(run, data)
     for split in encoded_splits(experiment):
-        encoding.open_codes(experiment.run, split, tokenizer)
+        shards = encoding.open_codes(run, split, tokenizer)
+        changes = difference(shards.meta["images"], open_images(data, split).content())
+        if changes:
+            told = ", ".join(f"{key} {before!r} -> {after!r}" for key, (before, after) in changes.items())
+            raise ValueError(
+                f"run.tokenizer={run.tokenizer} has codes of other {split} images than this run's section data names"
+                f" ({told}): give it the same data, or leave run.tokenizer out"
+            )
 
 
 def refuse_foreign(experiment: Experiment, command: str) -> None:
@@ -117,6 +122,8 @@ def encode(experiment: Experiment, device: Device) -> None:
 
 def train_generator(experiment: Experiment, device: Device, family: str) -> None:
     """Stage 2: <run>/<family>."""
+    if experiment.run.tokenizer is not None:
+        check_tokenizer(experiment)
     config = dict(experiment.generators())[family]
     with _stage(experiment, device, family, f"{family}/model.json"):
         generating.train_generator(
@@ -154,6 +161,9 @@ def _scored_as(experiment: Experiment) -> dict[str, Any]:
     homes = {"tokenizer": run.tokenizer_folder, "autoregressive": run.folder, "diffusion": run.folder}
     models = {stage: (_read(home / stage / "model.json") or {}).get("fingerprint") for stage, home in homes.items()}
     sampling = {family: told[family]["sample"] for family, _ in experiment.generators()}
+    drawn = samplings(experiment.eval, dict(experiment.generators()))
+    special = [each for each in drawn if models[each.family] and names_weights(each.config)]
+    models |= {each.subject: drawn_from(run.folder, each.config) for each in special}
     return {"eval": told["eval"], "data": told["data"], "sample": sampling, "models": models}
 
 

@@ -71,6 +71,10 @@ class RunFiles:
             told = begun.get("data") or self.config.get("data")
         return told or {}
 
+    def augmentation(self) -> dict[str, Any]:
+        """How the views of the encoded training images were drawn; empty where there is the centre crop alone."""
+        return _read_object(self.stage_folder("codes") / "train" / "meta.json").get("augmentation") or {}
+
     def samples(self, family: str) -> dict[str, Any]:
         """samples.json of a family; empty if nothing is drawn yet."""
         told = _read_object(self.folder / "samples" / family / "samples.json")
@@ -105,10 +109,19 @@ class RunFiles:
 
 
 def tokenizer_folder(folder: Path) -> Path:
-    """The run that holds the tokenizer of the run in `folder`: its own, unless its configuration names another one."""
-    run = _read_yaml(folder / "config.yaml").get("run")
-    other = run.get("tokenizer") if isinstance(run, dict) else None
-    return folder if (folder / "tokenizer").is_dir() or not isinstance(other, str) else Path(other)
+    """The run that holds the tokenizer of the run in `folder`: its own, unless its configuration names another one.
+
+    That name counts from where the run was started, which its own place tells, if it leads nowhere from here.
+    """
+    told = _read_yaml(folder / "config.yaml").get("run")
+    run = told if isinstance(told, dict) else {}
+    other = run.get("tokenizer")
+    if (folder / "tokenizer").is_dir() or not isinstance(other, str):
+        return folder
+    own, here = Path(str(run.get("root", "")), str(run.get("name", ""))), folder.resolve()
+    if Path(other).exists() or own.is_absolute() or not here.as_posix().endswith(f"/{own.as_posix()}"):
+        return Path(other)
+    return here.parents[len(own.parts) - 1] / other
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from engine.checkpoint import write_atomic, write_json
-from eval.variants import samplings
+from eval.variants import check_samplings, samplings
+from tokenloom.dry_run import num_classes
 from tokenloom.experiment import Experiment
 from tokenloom.pipeline import check_tokenizer
+from tokenloom.report import BASELINES
 from tokenloom.study_config import StudyConfig, check_names, study_yaml
 from tokenloom.study_course import check_curve
 from tokenloom.study_jobs import carry_out, finished
@@ -87,17 +88,19 @@ def checked_rows(study: StudyConfig, base: Experiment) -> list[Row]:
         for row in (row for row in rows if row.name in group.rows):
             number_at(row, group.x or "")
     check_curve(study.curve, rows)
-    for row in rows:
-        check_subjects(study, row)
+    check_samples(study, rows)
     return rows
 
 
-def check_subjects(study: StudyConfig, row: Row) -> None:
-    """Raise ValueError if a score is asked of samples that a row does not draw."""
-    drawn = [each.subject for each in samplings(row.experiment.eval, dict(row.experiment.generators()))]
-    for subject in (metric.subject for metric in study.metrics):
-        if "@" in subject and not re.search(r"@(accept|step)", subject):
-            check_names([subject], drawn, f"study.metrics: subject of {row.name}")
+def check_samples(study: StudyConfig, rows: Sequence[Row]) -> None:
+    """Raise ValueError if a score is asked of what no row scores, or of samples that cannot be drawn as a row says."""
+    scored = {"tokenizer": ["tokenizer"], "generator": ["real"], "all": ["real", "tokenizer", *BASELINES]}[study.stages]
+    for experiment in (row.experiment for row in rows):
+        families = dict(experiment.generators())
+        check_samplings(experiment.eval, families, classes=num_classes(experiment)[0], run=experiment.run.folder)
+        scored += [each.subject for each in samplings(experiment.eval, families) if each.subject not in scored]
+    own = tuple(f"{family}@{kind}" for family in ("autoregressive", "diffusion") for kind in ("accept", "step"))
+    check_names([each.subject for each in study.metrics if not each.subject.startswith(own)], scored, "study.metrics")
 
 
 def write_results(found: Found, folder: Path) -> Path:

@@ -61,7 +61,15 @@ class CurveConfig:
     """A key of its metrics.jsonl."""
     score: str | None = None
     """A score in place of the metric, such as fd: that of every snapshot of the stage, and of its end. It takes
-    eval.snapshots and the stage's train.snapshot_every."""
+    eval.snapshots and diffusion.train.snapshot_every, as snapshots of the diffusion model alone are scored."""
+
+    def __post_init__(self) -> None:
+        if self.score is not None and self.stage != "diffusion":
+            told = "of snapshots, and those of the diffusion model alone are scored"
+            raise ValueError(f"study.curve.score={self.score} is {told}: set study.curve.stage=diffusion")
+        if self.score is None and self.stage != "tokenizer" and self.metric == CurveConfig.metric:
+            told = f"is a key of the tokenizer's log, not of {self.stage}'s"
+            raise ValueError(f"study.curve.metric={self.metric} {told}: name another one, such as validation/loss")
 
     @property
     def name(self) -> str:
@@ -194,6 +202,9 @@ def _check_row(row: RowConfig, stages: str) -> None:
             raise ValueError(f"study.rows.{row.name}.{key}: a row cannot set this key; {chosen}")
         if stages == "generator" and key.split(".")[0] == "tokenizer":
             told = "study.stages=generator takes one tokenizer for all rows; set it to all"
+            raise ValueError(f"study.rows.{row.name}.{key}: a row cannot set this key; {told}")
+        if stages == "generator" and key.split(".")[0] == "data" and key not in ("data.crop", "data.flip"):
+            told = "study.stages=generator encodes one set of images for all rows; set it to all"
             raise ValueError(f"study.rows.{row.name}.{key}: a row cannot set this key; {told}")
         if stages == "tokenizer" and key.split(".")[0] in ("autoregressive", "diffusion"):
             raise ValueError(f"study.rows.{row.name}.{key} changes nothing: study.stages=tokenizer; set it to all")

@@ -119,21 +119,26 @@ class Ledger:
 def finished(run: Run) -> dict[str, Any]:
     """study.json of a run that has ended under its present settings; empty if there is none."""
     told = _read(run.folder / "study.json")
-    return told if _settings(told) == run.settings else {}
+    return told if _settings(told, run) == run.settings else {}
 
 
 def changed_settings(run: Run) -> list[str]:
     """Dotted keys in which a run that has ended differs from what the study now asks."""
     told = _read(run.folder / "study.json")
-    return list(difference(_settings(told), run.settings)) if "settings" in told else []
+    return list(difference(_settings(told, run), run.settings)) if "settings" in told else []
 
 
-def _settings(told: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a run that has ended; keys that are younger than it had their defaults."""
+def _settings(told: dict[str, Any], run: Run) -> dict[str, Any]:
+    """The settings of a run that has ended; keys that are younger than it had their defaults.
+
+    What is told of another run's tokenizer has none: there a younger key counts as unchanged.
+    """
     stored = told.get("settings", {})
     known = to_dict(Experiment(autoregressive=AutoregressiveConfig(), diffusion=DiffusionConfig()))
-    sections = [key for key in stored if key != "run" and stored[key] and stored[key].keys() != {"fingerprint"}]
-    return completed(stored, {key: known[key] for key in sections})
+    taken = stored.get("tokenizer", {})
+    if "fingerprint" in taken:
+        stored, known = {**stored, "tokenizer": {**run.settings["tokenizer"], **taken}}, {**known, "tokenizer": {}}
+    return completed(stored, {key: known[key] for key in stored if key != "run" and stored[key]})
 
 
 def carry_out(runs: Sequence[Run], *, stages: str, jobs: int, title: str) -> dict[str, str]:
@@ -144,7 +149,7 @@ def carry_out(runs: Sequence[Run], *, stages: str, jobs: int, title: str) -> dic
     """
     todo = [run for run in runs if not finished(run)]
     ledger, problems = Ledger(runs), {}
-    print(f"{title}: {len(runs)} runs, {len(runs) - len(todo)} done before", flush=True)
+    print(f"{title}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {len(runs) - len(todo)} done before", flush=True)
     waiting, active = deque(todo), list[Job]()
     with caught_signals() as caught:
         try:

@@ -59,13 +59,14 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that decides the scores, JSON-ready. A tokenizer that is not the run's own stands by its fingerprint."""
+        """All that decides the scores, JSON-ready. Of another run's tokenizer: what it is, and how it encoded."""
         told = to_dict(self.experiment)
         run = {key: told["run"][key] for key in ("seed", "precision")}
         if self.experiment.run.tokenizer is None:
             return {**told, "run": run}
-        card = RunFiles(self.experiment.run.tokenizer_folder).card("tokenizer")
-        return {**told, "run": run, "tokenizer": {"fingerprint": card.get("fingerprint")}}
+        files = RunFiles(self.experiment.run.tokenizer_folder)
+        taken = {"fingerprint": files.card("tokenizer").get("fingerprint"), "augmentation": files.augmentation()}
+        return {**told, "run": run, "tokenizer": taken}
 
 
 def plan_rows(study: StudyConfig, base: Experiment) -> list[Row]:
@@ -74,8 +75,8 @@ def plan_rows(study: StudyConfig, base: Experiment) -> list[Row]:
     Raises:
         ValueError: a row does not fit, trains nothing, or its steps do not outlast its warm-up.
     """
-    if study.stages == "tokenizer" and base.run.tokenizer is not None:
-        raise ValueError(f"run.tokenizer={base.run.tokenizer}: this study trains tokenizers; leave the key out")
+    if base.run.tokenizer is not None:
+        _check_borrowing(study, base.run.tokenizer)
     drafts = []
     for row in study.rows:
         experiment = vary(base, row)
@@ -91,6 +92,16 @@ def plan_rows(study: StudyConfig, base: Experiment) -> list[Row]:
         return drafts
     reference = next(row for row in drafts if row.name == study.reference)
     return [_within_budget(row, reference) for row in drafts]
+
+
+def _check_borrowing(study: StudyConfig, tokenizer: str) -> None:
+    """Raise ValueError if a study is about tokenizers, although all its runs take that of another run."""
+    if study.stages == "tokenizer":
+        raise ValueError(f"run.tokenizer={tokenizer}: this study trains tokenizers; leave the key out")
+    for row in study.rows:
+        for key in (key for key in row.values if key.split(".")[0] == "tokenizer"):
+            told = f"run.tokenizer={tokenizer} makes all rows take one tokenizer; leave it out"
+            raise ValueError(f"study.rows.{row.name}.{key} changes nothing: {told}")
 
 
 def plan_runs(study: StudyConfig, rows: Sequence[Row], seeds: Sequence[int], base: RunConfig) -> list[Run]:

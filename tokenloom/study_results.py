@@ -11,6 +11,7 @@ from typing import Any
 from engine.config import to_dict
 from eval.protocol import comparable
 from eval.statistics import Estimate
+from generator.config import AutoregressiveSampleConfig, DiffusionSampleConfig
 from tokenloom.dry_run import quantity
 from tokenloom.run_files import RunFiles
 from tokenloom.score_table import PERCENT, find, kind_of, written
@@ -21,7 +22,7 @@ from tokenloom.study_plan import Row, Run
 from tokenloom.study_statistics import CONFIDENCE, excludes_zero, mean_interval, paired_difference
 
 SPEED = "images_per_second"
-SAMPLING = ("solver", "num_steps", "steps", "guidance", "temperature", "top_k", "top_p")  # settings that are told
+SAMPLING = ("solver", "num_steps", "steps", "guidance", "temperature", "top_k", "top_p")  # told even if not changed
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 Values = dict[str, dict[str, dict[int, float]]]
 """By metric key, row and seed."""
@@ -283,6 +284,8 @@ def _told_budget(found: Found) -> str:
 def _told_statistics(found: Found) -> str:
     seeds = ", ".join(map(str, found.seeds))
     same = "the test images are" if found.study.stages == "tokenizer" else "real images and the samples' noise are"
+    if len(found.seeds) == 1:
+        return f"One seed, {seeds}, hence no intervals. Written {time.strftime('%Y-%m-%d')}."
     return (
         f"Means over the seeds {seeds} with 95 % intervals by Student's t. Seeds change weights and order of the data; "
         f"{same} the same. Differences are paired by seed; those whose interval leaves out 0 are bold. "
@@ -292,11 +295,15 @@ def _told_statistics(found: Found) -> str:
 
 def _told_sampling(found: Found) -> str:
     """How the baseline's samples were drawn, subject by subject."""
-    told = {}
+    told, usual = {}, {**to_dict(AutoregressiveSampleConfig()), **to_dict(DiffusionSampleConfig())}
     for metric in found.study.metrics:
         facts = found.protocols.get(key_of(metric), {}).get("subject") or {}
         settings = facts.get("settings") or {}
-        shown = ", ".join(f"{key} {settings[key]}" for key in SAMPLING if key in settings)
+        shown = ", ".join(
+            f"{key} {value}"
+            for key, value in settings.items()
+            if key in SAMPLING or (key != "batch_size" and value != usual.get(key))
+        )
         if shown:
             told[metric.subject] = f"`{metric.subject}`: {shown}"
     return f"How the baseline's samples were drawn: {'; '.join(told.values())}." if told else ""

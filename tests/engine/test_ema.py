@@ -16,9 +16,10 @@ class Numbers(nn.Module):
 def shares(average: Average, module: Numbers) -> Tensor:
     """What the weights before the first update, and those of each of the next updates, count in the average [n + 1]."""
     num = len(module.weight)
-    average.shadow = [torch.eye(num, dtype=torch.float64)[0]]
+    units = torch.eye(num, dtype=torch.float64)
+    average.shadow = [units[0].clone()]
     for update in range(1, num):
-        module.weight.data = torch.eye(num, dtype=torch.float64)[update]
+        module.weight.data = units[update]
         average.update(module)
     return average.shadow[0]
 

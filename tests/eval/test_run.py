@@ -166,6 +166,29 @@ def test_variants_and_snapshots_are_scored_under_their_own_names(run: RunConfig)
     assert {each.name for each in samples.glob("*@*")} == {"diffusion@cfg2"}
 
 
+def test_scores_under_a_guide_do_not_outlive_it(run: RunConfig, tmp_path: Path) -> None:
+    weak, config = tmp_path / "weak", dataclasses.replace(EVAL, features=("random",))
+    card, weights = load_model(run.folder / "diffusion")
+    sample = dataclasses.replace(FAMILIES["diffusion"].sample, guide=str(weak), guidance=2.0)
+    guided = {"diffusion": dataclasses.replace(FAMILIES["diffusion"], sample=sample), "autoregressive": None}
+    path = run.folder / "eval" / "metrics.json"
+    for factor in (0.5, 0.25):
+        guide = save_model(weak, {name: factor * value for name, value in weights.items()}, card)
+        if factor == 0.25:  # another one lies there now
+            scores(run, "reconstruction", config, **guided)
+            assert "diffusion" not in {entry["subject"] for entry in read_scores(path)}
+        assert scores(run, "fid", config, **guided)["diffusion", "fd_random"]["protocol"]["subject"]["guide"] == guide
+    scores(run, "reconstruction", config, **guided)
+    assert "diffusion" in {entry["subject"] for entry in read_scores(path)}
+
+
+def test_snapshots_that_were_not_taken_are_not_passed_over(run: RunConfig) -> None:
+    config = dataclasses.replace(EVAL, features=("random",), snapshots=True)
+    with pytest.raises(ValueError, match=r"eval\.snapshots=true, but .*diffusion was trained without snapshots"):
+        scores(run, "fid", config, autoregressive=None)
+    scores(run, "reconstruction", config)
+
+
 def test_a_tokenizer_of_another_run_is_the_one_that_is_scored(run: RunConfig, tmp_path: Path) -> None:
     config = dataclasses.replace(EVAL, features=("random",))
     own = scores(run, config=config)

@@ -295,3 +295,17 @@ def test_random_images_have_the_shape_of_real_ones() -> None:
     batch = RandomImages(8).load(np.arange(3))
     assert batch["images"].shape == (3, 3, 8, 8) and batch["images"].dtype == torch.uint8
     assert not torch.equal(batch["images"][0], batch["images"][1])
+
+
+def test_listed_steps_count_and_another_network_that_guides_is_left_out(run: RunConfig, device: Device) -> None:
+    sample = DiffusionSampleConfig(
+        batch_size=2, solver="dpmpp_2m", steps="list", levels=(-5.0, 0.0, 5.0), guidance=2.0, guide="elsewhere"
+    )
+    diffusion = replace(DIFFUSION, weight="learned", sample=sample)
+    rows = speed(
+        run=run, data=DataConfig(size=16), tokenizer=TOKENIZER, autoregressive=None, diffusion=diffusion,
+        device=device, seconds=0.05,
+    )  # fmt: skip
+    row = next(row for row in rows if row["name"] == "diffusion sampling")
+    assert "3 steps of 3 with dpmpp_2m" in row["note"] and "without its guide" in row["note"]
+    assert any(row["name"] == "diffusion step" for row in rows)

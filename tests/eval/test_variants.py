@@ -9,7 +9,7 @@ import torch
 from engine.config import TrainConfig
 from engine.snapshots import write_snapshot
 from eval.config import EvalConfig
-from eval.variants import samplings, snapshot_samplings
+from eval.variants import check_samplings, samplings, snapshot_samplings
 from generator.config import AutoregressiveConfig, DiffusionConfig, DiffusionSampleConfig
 
 FAMILIES = {
@@ -59,3 +59,47 @@ def test_every_snapshot_is_a_sampling_but_that_which_is_the_model(tmp_path: Path
     found = list(snapshot_samplings(tmp_path, FAMILIES))
     assert [each.subject for each in found] == ["diffusion@step10", "diffusion@step20"]
     assert [each.config.sample.snapshot for each in found] == [10, 20]
+
+
+KEPT = TrainConfig(steps=30, snapshot_every=12, ema_widths=(0.1,))
+
+
+@pytest.mark.parametrize(
+    ("sample", "train"),
+    [
+        ({"guidance": 1.5}, TrainConfig()),
+        ({"snapshot": 24}, KEPT),
+        ({"snapshot": 30}, KEPT),
+        ({"snapshot": 5}, TrainConfig(steps=30)),  # it is there
+        ({"guide": "step-12", "guidance": 2}, KEPT),
+        ({"ema_width": 0.08}, KEPT),
+    ],
+)
+def test_what_training_will_leave_can_be_sampled(tmp_path: Path, sample: dict[str, Any], train: TrainConfig) -> None:
+    write_snapshot(tmp_path / "diffusion" / "snapshots", 5, updates=5, model={"a": torch.zeros(1)}, widths={})
+    family = DiffusionConfig(train=train, sample=DiffusionSampleConfig(**sample))
+    check_samplings(EvalConfig(snapshots=True), {"diffusion": family}, classes=10, run=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"guidance": 2}, r"samples of diffusion@a: diffusion\.sample\.guidance=2.* diffusion\.model\.label_"),
+        ({"snapshot": 13}, r"diffusion@a: diffusion\.sample\.snapshot=13, but .* diffusion\.train\.snapshot_every=12"),
+        ({"snapshot": 36}, r"no snapshot of step 36, nor will"),
+        ({"guide": "step-13", "guidance": 2}, r"diffusion\.sample\.guide=step-13, but there is no snapshot of step 13"),
+        ({"guide": "runs/weak", "guidance": 2}, r"diffusion@a: diffusion\.sample\.guide='runs/weak': .*is missing"),
+        ({"ema_width": 0.08}, r"diffusion\.sample\.ema_width=0\.08 .*training keeps with diffusion\.train\.ema_widths"),
+    ],
+)
+def test_what_it_will_not_leave_is_named_before_it(tmp_path: Path, values: dict[str, Any], message: str) -> None:
+    config = EvalConfig(variants={"a": {f"diffusion.sample.{key}": value for key, value in values.items()}})
+    family = DiffusionConfig(train=TrainConfig(steps=30, snapshot_every=12))
+    with pytest.raises(ValueError, match=message):
+        check_samplings(config, {"diffusion": family}, classes=0, run=tmp_path)
+
+
+def test_snapshots_that_nobody_takes_are_not_scored(tmp_path: Path) -> None:
+    for families in (FAMILIES, {"autoregressive": FAMILIES["autoregressive"]}):
+        with pytest.raises(ValueError, match=r"eval\.snapshots=true, but .* set diffusion\.train\.snapshot_every"):
+            check_samplings(EvalConfig(snapshots=True), families, classes=10, run=tmp_path)

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import tokenloom
+from engine.checkpoint import load_model, save_model
 from engine.device import setup
 from tokenloom.cli import main
 from tokenloom.experiment import load_experiment
+from tokenloom.export import export
 from tokenloom.pipeline import check
 
 SMOKE = str(Path(__file__).parents[2] / "configs" / "smoke.yaml")
@@ -215,6 +217,43 @@ def test_a_run_without_tokenizer_or_codes_lends_none(
         assert f"`tokenloom encode --config {tmp_path / 'other' / 'config.yaml'}` makes them" in told
 
 
+def test_codes_of_other_images_are_refused(
+    run: Path, taken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("tokenizer", "codes"):
+        shutil.copytree(run / name, tmp_path / "other" / name)
+    path = tmp_path / "other" / "codes" / "train" / "meta.json"
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps(told | {"images": told["images"] | {"source": "folder"}}))
+    for name in ("run", "generator"):
+        with pytest.raises(SystemExit):
+            command(taken, name, f"--run.root={tmp_path}", f"--run.tokenizer={tmp_path / 'other'}")
+        told = capsys.readouterr().err
+        assert "other train images than this run's section data names (source 'folder' -> 'digits')" in told
+    assert not (tmp_path / "smoke" / "diffusion").exists()
+
+
+def test_a_run_has_one_tokenizer(run: Path, taken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where it has its own, another one would be mistaken for it."""
+    shutil.copytree(run / "tokenizer", tmp_path / "smoke" / "tokenizer")
+    with pytest.raises(SystemExit):
+        command(taken, "generator", f"--run.root={tmp_path}")
+    assert f"{tmp_path / 'smoke'} has a tokenizer of its own" in capsys.readouterr().err
+
+
+def test_another_guide_makes_other_scores(taken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(taken, tmp_path / "smoke")
+    (card, weights), weak = load_model(taken / "diffusion"), tmp_path / "weak"
+    words = (f"--run.root={tmp_path}", f"--diffusion.sample.guide={weak}", "--eval.variants={}")
+    words += ("--eval.probe.families=[pixels]", "--eval.num_samples=20")
+    for factor in (0.5, 0.25):
+        save_model(weak, {name: factor * value for name, value in weights.items()}, card)
+        command(taken, "run", *words)
+        assert "eval: done before" not in capsys.readouterr().out
+    command(taken, "run", *words)
+    assert "eval: done before" in capsys.readouterr().out
+
+
 def test_a_dry_run_does_not_count_the_tokenizer_of_another_run(taken: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command(taken, "run", "--dry-run")
     told = capsys.readouterr().out
@@ -236,6 +275,25 @@ def test_an_exported_folder_samples_the_same_images(run: Path, tmp_path: Path) -
     first, second = (tokenloom.sample(path, "autoregressive", labels=[1, 2], seeds=[0, 1]) for path in (run, out))
     assert torch.equal(first, second)
     assert not list(out.rglob("checkpoints"))
+
+
+def test_an_export_holds_the_weights_that_are_sampled(run: Path, tmp_path: Path) -> None:
+    """An average that is made of snapshots, which stay behind."""
+    words = ("--diffusion.train.snapshot_every=10", "--diffusion.train.ema_widths=[0.05,0.1]", "--autoregressive=null")
+    place = (f"--run.root={tmp_path}", f"--run.tokenizer={run}")
+    command(run, "generator", *place, *words, "--diffusion.sample.ema_width=0.08")
+    made, out = tmp_path / "smoke", tmp_path / "models"
+    main(["export", "--config", str(made / "config.yaml"), "--out", str(out)])
+    assert {path.name for path in (out / "diffusion").iterdir()} == {"model.json", "model.safetensors"}
+    first, second = (tokenloom.sample(path, "diffusion", labels=[1, 2], seeds=[0, 1]) for path in (made, out))
+    assert torch.equal(first, second)
+    chosen, plain = (tokenloom.load_generator(made, "diffusion", ema_width=width) for width in (0.08, None))
+    assert tokenloom.load_generator(out, "diffusion").fingerprint == chosen.fingerprint != plain.fingerprint
+    text = (out / "README.md").read_text()
+    assert chosen.fingerprint in text and 'tokenloom.sample("this-folder", "diffusion", labels=[0, 1, 2]' in text
+    command(made, "generator", "--diffusion.sample.guide=step-10")
+    with pytest.raises(ValueError, match="guide=step-10 is a snapshot, which an export leaves behind"):
+        export(made, tmp_path / "more")
 
 
 def test_scores_of_another_protocol_are_not_set_side_by_side(

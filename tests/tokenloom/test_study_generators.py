@@ -1,10 +1,14 @@
 """Studies of generators: one tokenizer for all rows, scores of variants and snapshots, a curve of scores by steps."""
 
+import contextlib
+import io
 import json
 import shutil
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +21,9 @@ from tokenloom.study import run_study, tell
 from tokenloom.study_config import StudyConfig, load_study
 from tokenloom.study_costs import passes_per_sample, sample_passes
 from tokenloom.study_jobs import changed_settings, finished
-from tokenloom.study_plan import plan_rows, plan_runs, shared_run
+from tokenloom.study_plan import Run, plan_rows, plan_runs, shared_run
 
+REAL_PROGRAM = study_jobs.PROGRAM
 TOWER = {"blocks": 1, "width": 16, "heads": 2, "mlp": 32}
 TRAIN = {"steps": 20, "batch_size": 8, "log_every": 10, "preview_every": 20, "snapshot_every": 8}
 CONTENT: dict[str, Any] = {
@@ -47,7 +52,6 @@ CONTENT: dict[str, Any] = {
     },
 }  # fmt: skip
 
-REAL_PROGRAM = study_jobs.PROGRAM
 # Stands in for the command line: notes its calls and leaves what it would leave, with scores of settings and seed.
 PROGRAM = """
 import json, pathlib, sys, yaml
@@ -63,6 +67,9 @@ if command == "tokenizer":
     if config["tokenizer"]["loss"]["l2"] == 9:
         sys.exit("tokenloom: l2=9 has had enough")
     write("tokenizer/model.json", {"fingerprint": "f00d" + str(config["run"]["seed"])})
+elif command == "encode":
+    views = config["tokenizer"]["views"]
+    write("codes/train/meta.json", {"augmentation": {"views": views} if views > 1 else {}})
 elif command == "eval":
     kind, seed = config["diffusion"]["schedule"]["kind"], config["run"]["seed"]
     assert pathlib.Path(config["run"]["tokenizer"], "tokenizer", "model.json").exists()
@@ -101,6 +108,11 @@ def done(tmp_path_factory: pytest.TempPathFactory, quick: None) -> Path:
 @pytest.fixture
 def copied(done: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(done, tmp_path / "copy"))
+
+
+def first_cosine(folder: Path) -> Run:
+    study, base = loaded(folder)
+    return next(run for run in plan_runs(study, plan_rows(study, base), [0], base.run) if run.row == "cosine")
 
 
 def calls(folder: Path) -> list[str]:
@@ -153,14 +165,32 @@ def test_another_tokenizer_makes_other_results(copied: Path) -> None:
     assert found.runs["cosine"][0]["state"] == "done under another tokenizer.fingerprint"
 
 
+def test_codes_that_were_made_otherwise_make_other_results(copied: Path) -> None:
+    """Two sets of views under one tokenizer."""
+    run = first_cosine(copied)
+    assert finished(run)
+    (run.folder.parents[1] / "shared" / "codes" / "train" / "meta.json").write_text('{"augmentation": {"views": 4}}')
+    assert not finished(run) and "tokenizer.augmentation.views" in changed_settings(run)
+
+
+def test_results_of_before_codes_were_told_stay_valid(copied: Path) -> None:
+    run = first_cosine(copied)
+    told = json.loads((run.folder / "study.json").read_text())
+    del told["settings"]["tokenizer"]["augmentation"]
+    (run.folder / "study.json").write_text(json.dumps(told))
+    assert finished(run)
+    told["settings"]["tokenizer"]["fingerprint"] = "another"
+    (run.folder / "study.json").write_text(json.dumps(told))
+    assert not finished(run) and changed_settings(run) == ["tokenizer.fingerprint"]
+
+
 def test_results_outlive_settings_that_come_later(copied: Path) -> None:
     """A study that was carried out before a setting existed counts as having had its default."""
-    study, base = loaded(copied)
-    path = base.run.folder / "cosine" / "seed-0" / "study.json"
+    run = first_cosine(copied)
+    path = run.folder / "study.json"
     told = json.loads(path.read_text())
     del told["settings"]["diffusion"]["model"]["rope"], told["settings"]["eval"]["lpips"]
     path.write_text(json.dumps(told))
-    run = next(run for run in plan_runs(study, plan_rows(study, base), [0], base.run) if run.row == "cosine")
     assert finished(run)
     told["settings"]["diffusion"]["model"]["rope"] = True
     path.write_text(json.dumps(told))
@@ -172,6 +202,12 @@ def test_a_tokenizer_that_is_there_is_taken_as_it_is(tmp_path: Path) -> None:
     assert shared_run(study, base) is None
     with pytest.raises(ValueError, match=r"run\.tokenizer=runs/trained: .* holds no finished tokenizer"):
         plan_rows(study, base)
+
+
+def test_rows_cannot_vary_a_tokenizer_that_is_there(tmp_path: Path) -> None:
+    changes = {"stages": "all", "rows": {"a": {}, "b": {"tokenizer.loss.l2": 2}}}
+    with pytest.raises(ValueError, match=r"study\.rows\.b\.tokenizer\.loss\.l2 changes nothing: run\.tokenizer=x"):
+        plan_rows(*loaded(tmp_path, "--run.tokenizer=x", **changes))
 
 
 def test_the_budget_counts_the_generators_alone(tmp_path: Path) -> None:
@@ -188,7 +224,13 @@ def test_the_budget_counts_the_generators_alone(tmp_path: Path) -> None:
     ("words", "changes", "message"),
     [
         ([], {"rows": {"a": {"tokenizer.model.code_dim": 8}}}, "one tokenizer for all rows"),
+        ([], {"rows": {"a": {"data.size": 32}}}, "one set of images for all rows"),
         ([], {"rows": {"shared": {}}}, "is the folder of the tokenizer that all rows share"),
+        ([], {"metrics": [{"name": "fd"}]}, "study.metrics: unknown 'tokenizer'; known are real, diffusion"),
+        ([], {"curve": {"stage": "autoregressive", "score": "fd"}}, "set study.curve.stage=diffusion"),
+        ([], {"curve": {"stage": "diffusion"}}, "is a key of the tokenizer's log, not of diffusion's"),
+        (["--diffusion.model.label_dropout=0"], {}, "samples of diffusion: diffusion.sample.guidance=1.5 compares"),
+        (["--diffusion.sample.guide=step-12"], {}, "guide=step-12, but there is no snapshot of step 12, nor will"),
         (["--diffusion=null", "--eval.variants={}"], {}, "no section autoregressive or diffusion to train"),
         (["--eval.snapshots=false"], {}, r"study.curve.score=fd is taken of snapshots: set eval.snapshots=true"),
         (["--diffusion.train.snapshot_every=0"], {}, "diffusion.train.snapshot_every above 0"),
@@ -222,13 +264,30 @@ def test_a_dry_run_tells_what_sampling_costs_apart_from_training(tmp_path: Path)
     assert "sampling for the scores, forward passes alone" in told and "2 rows x 2 seeds (0, 1) = 4 runs" in told
 
 
-@pytest.mark.slow
+class Inside:
+    """In the place of a process: carries a command out at once, in this one, and keeps what it says."""
+
+    def __init__(self, words: Sequence[str], *, stdout: io.BufferedWriter, **_: Any) -> None:
+        self.code, heard = 0, io.StringIO()
+        with contextlib.redirect_stdout(heard), contextlib.redirect_stderr(heard):
+            try:
+                main(words[3:])  # python -m tokenloom
+            except SystemExit as error:
+                self.code = int(error.code or 0)
+        stdout.write(heard.getvalue().encode())
+
+    def poll(self) -> int:
+        return self.code
+
+
 def test_a_small_study_runs_from_the_tokenizer_to_the_results(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(study_jobs, "PROGRAM", REAL_PROGRAM)
+    there = {name: getattr(subprocess, name) for name in ("STDOUT", "DEVNULL")}
+    monkeypatch.setattr(study_jobs, "subprocess", SimpleNamespace(Popen=Inside, **there))
     loaded(tmp_path)
-    words = ["study", "--config", str(tmp_path / "study.yaml"), f"--run.root={tmp_path / 'runs'}", "--seeds", "0"]
+    words = ["study", "--config", str(tmp_path / "study.yaml"), f"--run.root={tmp_path / 'runs'}", "--study.seeds=[0]"]
     main(words)
     results = json.loads((tmp_path / "runs" / "small" / "results.json").read_text())
     for row in results["rows"].values():
@@ -236,4 +295,5 @@ def test_a_small_study_runs_from_the_tokenizer_to_the_results(
         assert list(row["curve"]) == ["8", "16", "20"]
         assert row["curve"]["20"]["value"] == row["runs"]["0"]["scores"]["diffusion/fd"]
     main(words)
-    assert "2 runs, 2 done before" in capfd.readouterr().out
+    assert "One seed, 0, hence no intervals" in (tmp_path / "runs" / "small" / "results.md").read_text()
+    assert "2 runs, 2 done before" in capsys.readouterr().out
