@@ -69,7 +69,7 @@ class CurveConfig:
             raise ValueError(f"study.curve.score={self.score} is {told}: set study.curve.stage=diffusion")
         if self.score is None and self.stage != "tokenizer" and self.metric == CurveConfig.metric:
             told = f"is a key of the tokenizer's log, not of {self.stage}'s"
-            raise ValueError(f"study.curve.metric={self.metric} {told}: name another one, such as validation/loss")
+            raise ValueError(f"study.curve.metric={self.metric} {told}: name another one, such as loss")
 
     @property
     def name(self) -> str:

@@ -278,7 +278,7 @@ def test_a_second_file_lies_over_the_first(path: Path, tmp_path: Path) -> None:
         ({"rows": {"a": {"tokenizer.model.code_dim": 0}}}, "study.rows.a: model.code_dim=0 must be at least 2"),
         ({"rows": {"a": {"tokenizer.model.code_dim.x": 0}}}, "'code_dim' is a value, not a section"),
         ({"groups": [{"title": "A", "rows": ["base"], "x": "data.source"}]}, "x=data.source is 'digits' in the row"),
-        ({"curve": {"stage": "diffusion"}}, "study.curve.stage=diffusion is not trained by this study"),
+        ({"curve": {"stage": "diffusion", "metric": "loss"}}, "study.curve.stage=diffusion is not trained by"),
     ],
 )
 def test_a_mistake_in_the_file_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
