@@ -61,6 +61,25 @@ class Bottleneck(nn.Module):
         return self.lookup(self.nearest(latents))
 
 
+class Codeless(Bottleneck):
+    """A bottleneck with latents but without codes; `no_codes` says so, with a remedy, to who asks for some."""
+
+    no_codes: str
+    vocab_size = 0
+
+    def nearest(self, latents: Tensor) -> Tensor:
+        """Raises ValueError: there are no codes."""
+        raise ValueError(self.no_codes)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Raises ValueError: there are no codes."""
+        raise ValueError(self.no_codes)
+
+    def snap(self, latents: Tensor) -> Tensor:
+        """The latents as they are."""
+        return latents.float()
+
+
 def squared_error(a: Tensor, b: Tensor, reduction: str) -> Tensor:
     """Squared distance of [..., D] vectors, averaged over tokens; over the D axis a `mean` or the norm's `sum`."""
     squares = (a - b).square()

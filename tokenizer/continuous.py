@@ -5,20 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenizer.bottleneck import Bottleneck
+from tokenizer.bottleneck import Codeless
 
 LOG_VARIANCE = (-30.0, 20.0)  # beyond these its exponential is useless in float32
 
 
-class Gaussian(Bottleneck):
+class Gaussian(Codeless):
     """The encoder gives mean and log variance of each latent; training draws from that normal distribution.
 
     The draws come from torch's default generator, which a resumable trainer seeds for each step.
     """
 
+    no_codes = "quantizer.kind=kl has latents but no codes: train a diffusion model on them, or choose another kind"
+
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
-        self.input_dim, self.latent_dim, self.vocab_size = 2 * latent_dim, latent_dim, 0
+        self.input_dim, self.latent_dim = 2 * latent_dim, latent_dim
 
     def forward(self, z: Tensor) -> tuple[Tensor, None, dict[str, Tensor], dict[str, Tensor]]:
         """The loss is `kl`, the divergence from a standard normal distribution (appendix B), summed over the numbers of
@@ -34,18 +36,3 @@ class Gaussian(Bottleneck):
     def latents(self, z: Tensor) -> Tensor:
         """The mean, [B, T, 2 D] -> float32 [B, T, D]."""
         return z.float().chunk(2, dim=-1)[0]
-
-    def nearest(self, latents: Tensor) -> Tensor:
-        """Raises ValueError: there are no codes."""
-        raise ValueError(NO_CODES)
-
-    def lookup(self, codes: Tensor) -> Tensor:
-        """Raises ValueError: there are no codes."""
-        raise ValueError(NO_CODES)
-
-    def snap(self, latents: Tensor) -> Tensor:
-        """The latents as they are."""
-        return latents.float()
-
-
-NO_CODES = "quantizer.kind=kl has latents but no codes: train a diffusion model on them, or choose another kind"

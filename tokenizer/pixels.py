@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from tokenizer.bottleneck import Bottleneck
+from tokenizer.bottleneck import Codeless
 
 COLOURS = 3
 
@@ -39,12 +39,17 @@ class PixelDecoder(nn.Module):
         return vectors.transpose(1, 2).unflatten(2, (self.side, self.side))
 
 
-class Colours(Bottleneck):
+class Colours(Codeless):
     """A bottleneck that lets everything through; there are no codes."""
+
+    no_codes = (
+        "tokenizer.model.architecture=pixels has latents but no codes: train a diffusion model on them, or choose"
+        " another architecture"
+    )
 
     def __init__(self) -> None:
         super().__init__()
-        self.input_dim, self.latent_dim, self.vocab_size = COLOURS, COLOURS, 0
+        self.input_dim, self.latent_dim = COLOURS, COLOURS
 
     def forward(self, z: Tensor) -> tuple[Tensor, None, dict[str, Tensor], dict[str, Tensor]]:
         """No losses."""
@@ -53,21 +58,3 @@ class Colours(Bottleneck):
     def latents(self, z: Tensor) -> Tensor:
         """The colours, float32."""
         return z.float()
-
-    def nearest(self, latents: Tensor) -> Tensor:
-        """Raises ValueError: there are no codes."""
-        raise ValueError(NO_CODES)
-
-    def lookup(self, codes: Tensor) -> Tensor:
-        """Raises ValueError: there are no codes."""
-        raise ValueError(NO_CODES)
-
-    def snap(self, latents: Tensor) -> Tensor:
-        """The latents as they are."""
-        return latents.float()
-
-
-NO_CODES = (
-    "tokenizer.model.architecture=pixels has latents but no codes: train a diffusion model on them, or choose another "
-    "architecture"
-)
