@@ -41,9 +41,9 @@ class WrittenOut(torch.autograd.Function):
 def fill(x: Tensor, y: Tensor, slope: Tensor) -> None:
     """Write gelu(x) to y and gelu'(x) = s + x s (1 - s) z' to slope, where s = sigmoid(z); in place to save memory."""
     x = x.float()
-    rate = (x * x).mul_(SLOPE * CUBE).add_(SLOPE)                                 # z / x
+    rate = (x * x).mul_(SLOPE * CUBE).add_(SLOPE)  # z / x
     s = (x * rate).sigmoid_()
-    product = x.mul_(s)                                                           # x s
+    product = x.mul_(s)  # x s
     y.copy_(product)
-    rate.mul_(3).sub_(2 * SLOPE)                                                  # z'
+    rate.mul_(3).sub_(2 * SLOPE)  # z'
     slope.copy_(s.addcmul_(product.addcmul_(product, s, value=-1), rate))

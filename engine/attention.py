@@ -35,9 +35,9 @@ def attention(
 def of_one_query(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None) -> Tensor:
     """`attention` of one query [B, H, 1, d] as sums of products in fp32, which the compiler turns into loops that read
     each key and value once."""
-    scores = (query.float() * query.shape[-1] ** -0.5 * key.float()).sum(-1)                 # [B, H, L]
+    scores = (query.float() * query.shape[-1] ** -0.5 * key.float()).sum(-1)  # [B, H, L]
     scores = scores if mask is None else scores.masked_fill(~mask[0], float("-inf"))
-    mixed = (scores.softmax(-1)[..., None] * value.float()).sum(-2, keepdim=True)            # [B, H, 1, d]
+    mixed = (scores.softmax(-1)[..., None] * value.float()).sum(-2, keepdim=True)  # [B, H, 1, d]
     return mixed.to(query.dtype)
 
 

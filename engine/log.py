@@ -6,6 +6,8 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,14 @@ from torch import Tensor
 from engine.checkpoint import write_atomic
 
 PLAIN_SECONDS = 10.0  # between lines when the output is not a terminal
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Shares [K] of what fell between each two of K + 1 rising edges."""
+
+    edges: Sequence[float]
+    shares: Sequence[float]
 
 
 class Metrics:
@@ -27,19 +37,38 @@ class Metrics:
         write_atomic(self.path, lines.encode())
         self.board = _summary_writer(folder, resume_step) if tensorboard else None
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, float | Histogram]) -> None:
         """One record; numbers that are not finite become strings, as JSON has none."""
-        safe = {key: value if math.isfinite(value) else str(value) for key, value in values.items()}
+        record = json.dumps({"step": step, **{key: _safe(value) for key, value in values.items()}})
         with open(self.path, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": step, **safe}) + "\n")
+            stream.write(record + "\n")
         if self.board is not None:
             for key, value in values.items():
-                self.board.add_scalar(key, value, step)
+                _show(self.board, key, value, step)
             self.board.flush()
 
     def close(self) -> None:
         if self.board is not None:
             self.board.close()
+
+
+def _safe(value: float | Histogram) -> Any:
+    if isinstance(value, Histogram):
+        return {"edges": list(value.edges), "shares": [round(share, 6) for share in value.shares]}
+    return value if math.isfinite(value) else str(value)
+
+
+def _show(board: Any, key: str, value: float | Histogram, step: int) -> None:
+    """Put a value on TensorBoard; a histogram's sums are those of its bins' middles."""
+    if not isinstance(value, Histogram):
+        board.add_scalar(key, value, step)
+        return
+    edges, shares = np.asarray(value.edges, float), np.asarray(value.shares, float)
+    middles = (edges[:-1] + edges[1:]) / 2
+    board.add_histogram_raw(
+        key, min=edges[0], max=edges[-1], num=shares.sum(), sum=shares @ middles, sum_squares=shares @ middles**2,
+        bucket_limits=edges[1:].tolist(), bucket_counts=shares.tolist(), global_step=step,
+    )  # fmt: skip
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

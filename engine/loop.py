@@ -74,6 +74,7 @@ class _Trainer:
         # Sums and counts of each metric over the good steps since the last line of the log.
         self.sums: dict[str, float] = {}
         self.counts: dict[str, int] = {}
+        self.vector_sums: dict[str, list[float]] = {}  # over the same steps
         self.parts = range(device.rank * train.accumulate, (device.rank + 1) * train.accumulate)
         self.num_parts = device.world * train.accumulate
         for name, module in task.modules.items():
@@ -124,9 +125,10 @@ class _Trainer:
             for key, value in self._forward_backward(next(stream), part).items():
                 totals[key] = totals.get(key, 0.0) + value.detach().float() / self.train.accumulate
         norms = self._clipped_norms()
-        metrics = {**self._reduced(totals), **norms}
+        figures, vectors = self._reduced(totals)
+        metrics = {**figures, **norms}
         if math.isfinite(metrics["loss"]) and all(math.isfinite(metrics[key]) for key in norms):
-            self._update(metrics)
+            self._update(metrics, vectors)
         else:
             self._skip(metrics)
         for optimizer in self.task.optimizers.values():
@@ -151,7 +153,7 @@ class _Trainer:
         size, device = self.train.batch_size, self.device.device
         return StepRandom(self.run.seed, self.step, size, part=part, parts=parts, device=device, stream=stream)
 
-    def _update(self, metrics: dict[str, float]) -> None:
+    def _update(self, metrics: dict[str, float], vectors: dict[str, list[float]]) -> None:
         for optimizer in self.task.optimizers.values():
             set_learning_rate(optimizer, self.step, self.train)
             optimizer.step()
@@ -161,6 +163,9 @@ class _Trainer:
         self.task.after_step(self.step, metrics, self._rng(stream=4))
         for key, value in metrics.items():
             self.sums[key], self.counts[key] = self.sums.get(key, 0.0) + value, self.counts.get(key, 0) + 1
+        for key, values in vectors.items():
+            before = self.vector_sums.get(key, [0.0] * len(values))
+            self.vector_sums[key] = [sum(pair) for pair in zip(before, values, strict=True)]
 
     def _skip(self, metrics: dict[str, float]) -> None:
         """A step that is not finite changes nothing; several in a row stop the run."""
@@ -173,9 +178,17 @@ class _Trainer:
                 "another --run.name with a lower learning_rate or a longer warm-up"
             )
 
-    def _reduced(self, totals: dict[str, Tensor]) -> dict[str, float]:
-        """Means over all processes, in one message."""
-        return dict(zip(totals, self.device.mean(torch.stack(list(totals.values()))).tolist(), strict=True))
+    def _reduced(self, totals: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """Means over all processes, in one message: of the scalars, and of the vectors entry by entry."""
+        flat = self.device.mean(torch.cat([total.reshape(-1) for total in totals.values()])).tolist()
+        figures, vectors = dict[str, float](), dict[str, list[float]]()
+        for key, total in totals.items():
+            part, flat = flat[: total.numel()], flat[total.numel() :]
+            if total.ndim:
+                vectors[key] = part
+            else:
+                figures[key] = part[0]
+        return figures, vectors
 
     def _clipped_norms(self) -> dict[str, float]:
         """Clips each network's gradient, but not an auxiliary one's; its norm before that."""
@@ -198,22 +211,23 @@ class _Trainer:
 
     def _report(self, metrics: log.Metrics | None, bar: log.Progress) -> None:
         figures = self._figures() if self._due(self.train.log_every) else {}
-        bar.update(1, **({"loss": figures["loss"]} if "loss" in figures else {}))
+        bar.update(1, **{key: value for key, value in figures.items() if key == "loss" and isinstance(value, float)})
         if figures:
             if metrics is not None:
                 metrics.write(self.step, figures)
-            self.sums, self.counts = {}, {}
+            self.sums, self.counts, self.vector_sums = {}, {}, {}
             self.since, self.since_step = time.monotonic(), self.step
         if self._due(self.train.preview_every):
             self._show(metrics)
 
-    def _figures(self) -> dict[str, float]:
-        """Means over the good steps since the last line, and how fast they went."""
+    def _figures(self) -> dict[str, float | log.Histogram]:
+        """Means over the good steps since the last line, what the task tells of its vectors, and how fast they went."""
         rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.task.optimizers.items()}
         first, *others = rates
         samples = (self.step - self.since_step) * self.train.batch_size
         return {
             **{key: value / self.counts[key] for key, value in self.sums.items()},
+            **(self.task.told(self.step, self.vector_sums) if self.vector_sums else {}),
             "learning_rate": rates[first],
             **{f"learning_rate/{name}": rates[name] for name in others},
             "skipped_steps": float(self.skipped),
@@ -268,7 +282,8 @@ class _Trainer:
 
     def _save(self) -> None:
         weights, averaged, state = resume.capture(self.task.modules, self.task.optimizers, self._all_averages)
-        progress = {"sums": self.sums, "counts": self.counts, "bad_steps": self.bad_steps, "skipped": self.skipped}
+        kept = ("sums", "counts", "vector_sums", "bad_steps", "skipped")
+        progress = {key: getattr(self, key) for key in kept}
         state |= {"task": self.task.state_dict(), "progress": progress}
         if self.device.is_main:
             folder = self.folder / "checkpoints"

@@ -67,8 +67,8 @@ def row_products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     The compiler turns it into one loop that reads each weight once, at the memory's full rate.
     """
-    rows = x.flatten(0, -2).float()                                               # [R, D]
+    rows = x.flatten(0, -2).float()  # [R, D]
     rows = rows.as_strided(rows.shape, rows.stride())  # computed first: else it is computed anew for each output
-    sums = (weight.float()[:, None] * rows).sum(-1).T                             # [R, O]
+    sums = (weight.float()[:, None] * rows).sum(-1).T  # [R, O]
     sums = sums if bias is None else sums + bias
     return sums.to(x.dtype).reshape(*x.shape[:-1], len(weight))

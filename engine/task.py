@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.batches import StepRandom
+from engine.log import Histogram
 
 
 class Task:
@@ -24,7 +25,10 @@ class Task:
     gradients are not clipped."""
 
     def step(self, batch: dict[str, Tensor], rng: StepRandom) -> dict[str, Tensor]:
-        """Scalars of one part of a batch: `loss`, which is back-propagated, and whatever is worth logging."""
+        """Scalars of one part of a batch: `loss`, which is back-propagated, and whatever is worth logging.
+
+        Vectors are summed over the steps for `told`, which says what is logged of them.
+        """
         raise NotImplementedError
 
     def before_step(self) -> None:
@@ -32,6 +36,13 @@ class Task:
 
     def after_step(self, step: int, metrics: dict[str, float], rng: StepRandom) -> None:
         """Runs after each good optimizer step; `metrics` are this step's, averaged over its parts and processes."""
+
+    def told(self, step: int, sums: dict[str, list[float]]) -> dict[str, float | Histogram]:
+        """What to log before a step of the vectors, from their sums over the good steps since the last line of the log.
+
+        Parts and processes have been averaged; how many steps it were does not show, so use ratios.
+        """
+        return {}
 
     def validate(self) -> dict[str, float]:
         """Figures on held-out data, measured with averaged weights in evaluation mode."""

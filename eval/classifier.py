@@ -49,12 +49,12 @@ class Classifier(nn.Module):
         first, second, third = widths
         self.num_classes = num_classes
         self.trunk = nn.Sequential(
-            nn.Conv2d(3, first, 3, stride=2, padding=1),                # [B, C1, H/2, W/2]
+            nn.Conv2d(3, first, 3, stride=2, padding=1),  # [B, C1, H/2, W/2]
             nn.GroupNorm(8, first),
             nn.SiLU(),
-            nn.Conv2d(first, second, 3, stride=2, padding=1),           # [B, C2, H/4, W/4]
+            nn.Conv2d(first, second, 3, stride=2, padding=1),  # [B, C2, H/4, W/4]
             Residual(second),
-            nn.Conv2d(second, third, 3, stride=2, padding=1),           # [B, C3, H/8, W/8]
+            nn.Conv2d(second, third, 3, stride=2, padding=1),  # [B, C3, H/8, W/8]
             Residual(third),
             nn.GroupNorm(8, third),
             nn.SiLU(),

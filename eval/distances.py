@@ -89,7 +89,7 @@ def inception_score(logits: Tensor, *, splits: int = GROUPS, seed: int = 0) -> E
     if len(logits) < splits:
         raise ValueError(f"an Inception Score over {splits} splits needs at least {splits} images, got {len(logits)}")
     order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed))
-    log_p = logits.double().cpu().log_softmax(1)[order]                 # [N, K]
+    log_p = logits.double().cpu().log_softmax(1)[order]  # [N, K]
     scores = torch.stack([_exp_divergence(part) for part in log_p.tensor_split(splits)])
     if splits != GROUPS:
         return Estimate(float(scores.mean()), None)
@@ -99,7 +99,7 @@ def inception_score(logits: Tensor, *, splits: int = GROUPS, seed: int = 0) -> E
 
 def _root(sigma: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(sigma)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T           # [D, D]
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # [D, D]
 
 
 def _groups(features: Tensor) -> Iterator[Tensor]:
@@ -136,6 +136,6 @@ def _inside(points: Tensor, centres: Tensor, radii: Tensor) -> Estimate:
 
 
 def _exp_divergence(log_p: Tensor) -> Tensor:
-    log_marginal = log_p.exp().mean(0).log()                            # [K]
+    log_marginal = log_p.exp().mean(0).log()  # [K]
     divergence = torch.where(log_p.isinf(), 0.0, log_p.exp() * (log_p - log_marginal)).sum(1)
     return divergence.mean().exp()

@@ -78,8 +78,8 @@ class RandomFeatures(Extractor):
     def outputs(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         x = to_float(images)
         for conv in self.convs:
-            x = F.relu(conv(x))                                         # [B, C, H/2, W/2]
-        return F.adaptive_avg_pool2d(x, 2).flatten(1), None             # [B, 256]
+            x = F.relu(conv(x))  # [B, C, H/2, W/2]
+        return F.adaptive_avg_pool2d(x, 2).flatten(1), None  # [B, 256]
 
 
 class InceptionFeatures(Extractor):
@@ -125,7 +125,7 @@ class TimmFeatures(Extractor):
             x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
         mean, std = (x.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         maps = self.network.forward_features((x - mean) / std)
-        features = self.network.forward_head(maps, pre_logits=True)     # [B, D]
+        features = self.network.forward_head(maps, pre_logits=True)  # [B, D]
         return features, self.network.get_classifier()(features) if self.network.num_classes else None
 
 

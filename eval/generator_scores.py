@@ -118,7 +118,7 @@ def score_likelihood(
     with exact_products():
         for batch in test_set.in_order(batch_size):
             labels = batch["labels"] if generator.num_classes else torch.full_like(batch["labels"], -1)
-            codes = tokenizer.encode(batch["images"].to(device))         # [B, T]
+            codes = tokenizer.encode(batch["images"].to(device))  # [B, T]
             values.append(generator.nll(codes, labels.to(device)).cpu() / codes.shape[1])
     estimate = mean_of(torch.cat(values))
     stated = protocol(

@@ -163,7 +163,7 @@ def png_batches(folder: Path, num: int, *, size: int, batch_size: int) -> Iterat
 def _read_png(path: Path, size: int) -> Tensor:
     try:
         with Image.open(path) as image:
-            pixels = np.array(image.convert("RGB"))                     # [H, W, 3]
+            pixels = np.array(image.convert("RGB"))  # [H, W, 3]
     except OSError as error:
         raise ValueError(f"{path}: not a readable image ({error}); delete its folder and sample again") from error
     if pixels.shape[:2] != (size, size):

@@ -42,7 +42,7 @@ def fit_logistic(
     features: Tensor, labels: Tensor, *, num_classes: int, c: float, start: Tensor | None = None
 ) -> Tensor:
     """Weights [D + 1, K] (last row: bias) of the minimum of sum of losses + ||W||^2 / (2 c), as scikit-learn's C."""
-    x = torch.cat([features, features.new_ones(len(features), 1)], dim=1)          # [N, D + 1]
+    x = torch.cat([features, features.new_ones(len(features), 1)], dim=1)  # [N, D + 1]
     weights = x.new_zeros(x.shape[1], num_classes) if start is None else start.clone()
     weights.requires_grad_(True)
     solver = torch.optim.LBFGS([weights], max_iter=100, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
@@ -54,7 +54,7 @@ def fit_logistic(
         loss.backward()
         return loss
 
-    solver.step(closure)                                                           # type: ignore[no-untyped-call]
+    solver.step(closure)  # type: ignore[no-untyped-call]
     return weights.detach()
 
 

@@ -70,6 +70,6 @@ def _blur(x: Tensor) -> Tensor:
     """Separable Gaussian window over the valid region: [B, C, H, W] -> [B, C, H - 10, W - 10]."""
     offsets = torch.arange(-5, 6, dtype=x.dtype, device=x.device)
     window = torch.exp(-(offsets**2) / (2 * 1.5**2))
-    window = (window / window.sum()).repeat(x.shape[1], 1)              # [C, 11]
+    window = (window / window.sum()).repeat(x.shape[1], 1)  # [C, 11]
     rows = F.conv2d(x, window[:, None, :, None], groups=x.shape[1])
     return F.conv2d(rows, window[:, None, None, :], groups=x.shape[1])

@@ -102,7 +102,7 @@ def best_of_classes(scores: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
         best = scores[rows].argsort(descending=True, stable=True)[: int(count)]
         assert len(best) == count, f"fewer candidates of class {int(label)} than are to be kept"
         kept.append(rows[best])
-    return torch.cat(kept).sort().values                                          # [N]
+    return torch.cat(kept).sort().values  # [N]
 
 
 def sample_accepted(
@@ -188,7 +188,7 @@ def asked_log_probabilities(
     found = []
     with exact_products(), progress(total=len(labels), title="rejection", unit="image") as bar:
         for images, asked in zip(batches, parts, strict=True):
-            logits = network(images.to(device)).cpu().double()                    # [n, K]
+            logits = network(images.to(device)).cpu().double()  # [n, K]
             found.append(logits.log_softmax(1).gather(1, asked[:, None]).squeeze(1))
             bar.update(len(asked))
     return torch.cat(found)
@@ -198,7 +198,7 @@ def _keep_best(
     pool: Path, out: Path, wish: Told, num: int, picker: Picker, *, image_size: int, device: torch.device
 ) -> None:
     """Copy the best `num` candidates into `out`, in the order of their seeds."""
-    labels = torch.tensor(wish["labels"])                                         # [M]
+    labels = torch.tensor(wish["labels"])  # [M]
     scores = asked_log_probabilities(pool, labels, picker.network, image_size=image_size, device=device)
     rows = best_of_classes(scores, labels, labels[:num]).tolist()
     draft = draft_of(out)

@@ -171,7 +171,7 @@ def _pixels(images: Tensor) -> Tensor:
     x = to_float(images)
     if max(x.shape[-2:]) > PIXEL_SIDE:
         x = F.interpolate(x, (PIXEL_SIDE, PIXEL_SIDE), mode="bilinear", antialias=True)
-    return x.flatten(1)                                                 # [B, 3 * side * side]
+    return x.flatten(1)  # [B, 3 * side * side]
 
 
 def _row(family: str, score: TapScore) -> dict[str, Any]:

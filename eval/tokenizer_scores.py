@@ -105,7 +105,7 @@ class Pairs:
         """uint8 originals [B, 3, H, W] -> their reconstructions, alike."""
         for images in batches:
             moved = images.to(self.device)
-            made, codes = self.tokenizer.reconstruct(moved)             # [B, 3, H, W], [B, T]
+            made, codes = self.tokenizer.reconstruct(moved)  # [B, 3, H, W], [B, T]
             if codes is not None:
                 self.codes.append(self.tokenizer.quantizer.distinct(codes).cpu())
             self._keep("psnr", psnr(moved, made))

@@ -73,10 +73,10 @@ class VIM(nn.Module):
 
     def hidden(self, codes: Tensor, labels: Tensor, order: Tensor | None = None) -> Iterator[Tensor]:
         """The residual stream [B, T, D] after each block in turn; row t has seen the label and t codes of the order."""
-        target = source = torch.arange(codes.shape[1], device=codes.device)       # [T]
+        target = source = torch.arange(codes.shape[1], device=codes.device)  # [T]
         if order is not None:
             codes, target, source = codes.gather(1, order), order, source_positions(order)  # [B, T] each
-        x = self._embed(codes[:, :-1], labels, target, source)                    # [B, T, D]
+        x = self._embed(codes[:, :-1], labels, target, source)  # [B, T, D]
         turns = self._turns(source)
         for block in self.blocks:
             x = block(x, causal=True, turns=turns)
@@ -90,7 +90,7 @@ class VIM(nn.Module):
 
     def advance(self, codes: Tensor, labels: Tensor | None, position: Tensor, caches: list[KVCache]) -> Tensor:
         """Logits [B, K] of the next code, after new tokens at `position` [n]: a label [B], if given, then codes."""
-        x = self._embed(codes, labels, position, position)                        # [B, n, D]
+        x = self._embed(codes, labels, position, position)  # [B, n, D]
         turns = self._turns(position)
         for block, cache in zip(self.blocks, caches, strict=True):
             x = block(x, cache=cache, position=position, turns=turns)
@@ -101,7 +101,7 @@ class VIM(nn.Module):
         x = self.code_embedding(codes)
         if labels is not None:
             x = torch.cat([self.label_embedding(labels)[:, None], x], dim=1)
-        place = self.position_embedding(target)                                   # [n, D] or [B, n, D]
+        place = self.position_embedding(target)  # [n, D] or [B, n, D]
         if self.source_embedding is not None:
             place = place + self.source_embedding(source)
         return self.dropout(x + place)
@@ -182,8 +182,8 @@ class Autoregressive(nn.Module):
         self.check_guidance(chosen.guidance)
         device = self.network.head.weight.device
         check_sampling_precision(self.family, chosen.precision, device)
-        uniforms = seeded_uniforms(seeds, self.network.length).to(device)         # [B, T]
-        rows = label_rows(labels, len(uniforms), self.num_classes).to(device)     # [B]
+        uniforms = seeded_uniforms(seeds, self.network.length).to(device)  # [B, T]
+        rows = label_rows(labels, len(uniforms), self.num_classes).to(device)  # [B]
         if prefix is not None:
             prefix = self._checked(prefix).to(device)
             if prefix.shape[1] >= self.network.length or len(prefix) != len(rows):
@@ -243,7 +243,7 @@ class Autoregressive(nn.Module):
         A generator without classes ignores the labels.
         """
         rows = label_rows(labels if self.num_classes else None, len(codes), self.num_classes).to(codes.device)
-        logits = self.network(self._checked(codes), rows)                         # [B, T, K]
+        logits = self.network(self._checked(codes), rows)  # [B, T, K]
         return F.cross_entropy(logits.float().transpose(1, 2), codes, reduction="none").sum(1)
 
     def _checked(self, codes: Tensor) -> Tensor:

@@ -54,8 +54,8 @@ class AutoregressiveTask(Task):
 
     def step(self, batch: dict[str, Tensor], rng: StepRandom) -> dict[str, Tensor]:
         """batch: labels int64 [B], and codes int64 [B, T] or images uint8 [B, 3, H, W]."""
-        codes = self._codes(batch)                                                # [B, T]
-        dropped = rng.uniform() < self.config.model.label_dropout                 # [B]
+        codes = self._codes(batch)  # [B, T]
+        dropped = rng.uniform() < self.config.model.label_dropout  # [B]
         labels = batch["labels"].masked_fill(dropped, -1)
         if self.config.order.kind == "raster":
             return {"loss": self._cross_entropy(codes, labels)}
@@ -88,7 +88,7 @@ class AutoregressiveTask(Task):
             for done, codes in self.generator.stream(labels, range(PREVIEW_IMAGES), **settings):
                 if done in stages:
                     partial[done] = paint_partial(tokenizer, codes[:STRIP], done)  # [8, 3, H, W]
-        strip = torch.stack([partial[done] for done in stages], dim=1)            # [8, 8, 3, H, W]
+        strip = torch.stack([partial[done] for done in stages], dim=1)  # [8, 8, 3, H, W]
         return {"samples": tokenizer.decode(codes).cpu(), "partial": strip.flatten(0, 1).cpu()}
 
     def _codes(self, batch: dict[str, Tensor]) -> Tensor:
@@ -106,8 +106,8 @@ class AutoregressiveTask(Task):
 
         The codes are predicted in `order` [B, T], places on the grid, or in raster order.
         """
-        rows = training_labels(labels, self.network.num_classes)                  # [B]
-        logits = self.modules["network"](codes, rows, order)                      # [B, T, K]
+        rows = training_labels(labels, self.network.num_classes)  # [B]
+        logits = self.modules["network"](codes, rows, order)  # [B, T, K]
         targets = codes if order is None else codes.gather(1, order)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 

@@ -239,24 +239,101 @@ class ScheduleConfig:
             )
 
 
+STAGED = ("easy_to_hard", "anti")  # curricula that go through the clusters stage by stage
+# Keys of a curriculum and the kinds that read them; the others are read by all.
+CURRICULUM_KEYS: dict[str, tuple[str, ...]] = {
+    "pacing": STAGED, "patience": STAGED, "smoothing": STAGED, "min_improvement": STAGED, "stage_steps": STAGED,
+    "threshold": ("asymmetric",), "ratio": ("asymmetric",),
+    "cluster": ("single",), "start": ("progressive",), "end": ("progressive",),
+}  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class CurriculumConfig:
-    kind: Literal["uniform", "progressive"] = "uniform"
-    """Which part of the schedule is trained now: all of it throughout, or a schedule that moves over the training."""
+    kind: Literal["uniform", "easy_to_hard", "anti", "asymmetric", "progressive", "single"] = "uniform"
+    """Which part of the schedule is trained now. uniform: all of it throughout. easy_to_hard: the noisiest cluster,
+    then one more in each stage until all are in (Kim et al., 2025). anti: the same from the least noisy on. asymmetric:
+    all of it, the less noisy times more often (SpeeD, Wang et al., 2025). progressive: a schedule that moves. single:
+    one cluster throughout, for a network that serves its levels alone (sample.outside)."""
+    num_clusters: int = 20
+    """Parts of the noise axis, which stages add one by one, and by which the loss is logged."""
+    clusters: Literal["time", "logsnr", "noise_level"] = "time"
+    """How the axis is divided: into equal parts of the schedule's own time, so that all are drawn equally often; such
+    that the log SNRs of a cluster lie close together (Go et al., 2023); or into equal parts of linear-flow time."""
+    pacing: Literal["patience", "fixed"] = "patience"
+    """When the next stage begins: once the loss has not improved for more than `patience` steps, or after stage_steps
+    steps."""
+    patience: int = 200
+    """Steps without improvement that a stage bears."""
+    smoothing: float = 0.99
+    """Decay of the average of the loss that patience looks at; 0 takes each step's own loss."""
+    min_improvement: float = 0.0
+    """By how much the loss must fall below its best to count as improved."""
+    stage_steps: int | None = None
+    """Steps of each stage with pacing=fixed; the most that a stage takes with patience, where absent is no limit."""
+    threshold: float = 0.7
+    """Asymmetric: the time, 0 data and 1 noise, below which times are drawn more often."""
+    ratio: float = 2.0
+    """Asymmetric: how many times more often."""
+    cluster: int = 1
+    """Single: the cluster that is trained, from 1, the least noise, to num_clusters."""
     start: float = 2.0
     """Progressive: log SNR by which the schedule is moved at the first step."""
     end: float = -2.0
     """Progressive: log SNR by which it is moved at the last step; linear in between. Below start noise grows."""
 
     def __post_init__(self) -> None:
+        _check_choices("diffusion.curriculum", self)
         _check_finite("diffusion.curriculum", self)
         standard = {each.name: each.default for each in fields(self)}
-        for name in ("start", "end"):
-            if self.kind == "uniform" and getattr(self, name) != standard[name]:
+        for name, kinds in CURRICULUM_KEYS.items():
+            if self.kind not in kinds and getattr(self, name) != standard[name]:
                 raise ValueError(
-                    f"diffusion.curriculum.{name}={getattr(self, name)} has no effect with kind=uniform: set"
-                    " diffusion.curriculum.kind=progressive"
+                    f"diffusion.curriculum.{name}={getattr(self, name)} has no effect with kind={self.kind}: set"
+                    f" diffusion.curriculum.kind={' or '.join(kinds)}"
                 )
+        _check_at_least("diffusion.curriculum.num_clusters", self.num_clusters, 1)
+        if self.num_clusters > 100:
+            raise ValueError(f"diffusion.curriculum.num_clusters={self.num_clusters} must be at most 100")
+        if not 1 <= self.cluster <= self.num_clusters:
+            raise ValueError(
+                f"diffusion.curriculum.cluster={self.cluster} must be one of 1 .. {self.num_clusters} (num_clusters)"
+            )
+        _check_at_least("diffusion.curriculum.patience", self.patience, 0)
+        _check_at_least("diffusion.curriculum.min_improvement", self.min_improvement, 0)
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"diffusion.curriculum.smoothing={self.smoothing} must lie in [0, 1); 0 is the raw loss")
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"diffusion.curriculum.threshold={self.threshold} must lie between 0 and 1")
+        if not self.ratio > 0:
+            raise ValueError(f"diffusion.curriculum.ratio={self.ratio} must be positive; 1 draws all times equally")
+        self._check_pacing()
+
+    def _check_pacing(self) -> None:
+        if self.stage_steps is not None:
+            _check_at_least("diffusion.curriculum.stage_steps", self.stage_steps, 1)
+        if self.pacing == "patience":
+            return
+        if self.stage_steps is None:
+            raise ValueError("diffusion.curriculum.pacing=fixed needs diffusion.curriculum.stage_steps, their length")
+        standard = {each.name: each.default for each in fields(self)}
+        for name in ("patience", "smoothing", "min_improvement"):
+            if getattr(self, name) != standard[name]:
+                raise ValueError(
+                    f"diffusion.curriculum.{name}={getattr(self, name)} has no effect with pacing=fixed: set"
+                    " diffusion.curriculum.pacing=patience"
+                )
+
+    @property
+    def least_steps(self) -> int:
+        """Steps after which the last stage, the whole schedule, can begin at the earliest."""
+        if self.kind not in STAGED:
+            return 0
+        if self.pacing == "fixed":
+            return (self.num_clusters - 1) * (self.stage_steps or 0)
+        # The first loss of a stage is always its best so far.
+        each = self.patience + 2 if self.stage_steps is None else min(self.patience + 2, self.stage_steps)
+        return (self.num_clusters - 1) * each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +371,9 @@ class DiffusionSampleConfig:
     guide: str | None = None
     """Autoguidance (Karras et al., 2024): a weaker network that guides in place of the null label. A folder of a
     diffusion model of the same tokenizer, or `step-<k>`, a snapshot of the run itself."""
+    outside: str | None = None
+    """Folder of a diffusion model of the same tokenizer that serves the noise levels outside of the cluster which this
+    one was trained on (curriculum.kind=single)."""
     snapshot: int | None = None
     """Training step whose snapshot samples; absent: the trained model."""
     ema_width: float | None = None
@@ -385,6 +465,17 @@ class DiffusionConfig:
             raise ValueError(f"diffusion.weight_gamma={self.weight_gamma} has no effect with weight={self.weight}")
         if self.weight_gamma is not None and not self.weight_gamma > 0:
             raise ValueError(f"diffusion.weight_gamma={self.weight_gamma} must be positive")
+        if self.curriculum.least_steps >= self.train.steps:
+            raise ValueError(
+                f"diffusion.curriculum needs at least {self.curriculum.least_steps} steps before the whole schedule is"
+                f" trained, but diffusion.train.steps={self.train.steps}: lower patience, stage_steps or num_clusters"
+                f" (here {self.curriculum.num_clusters}), or train longer"
+            )
+        if self.sample.outside is not None and self.curriculum.kind != "single":
+            raise ValueError(
+                f"diffusion.sample.outside={self.sample.outside!r} has no effect with curriculum.kind="
+                f"{self.curriculum.kind}: such a network serves all noise levels itself"
+            )
         noise = self.target == "eps" or (self.target == "velocity" and self.path == "ve")  # by either name
         if noise and (self.schedule.zero_terminal or self.sample.from_zero_snr):
             key = "schedule.zero_terminal" if self.schedule.zero_terminal else "sample.from_zero_snr"

@@ -29,7 +29,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """-inf below the k-th largest logit of each row [..., K]; ties with it stay; k=0 keeps all."""
     if k == 0 or k >= logits.shape[-1]:
         return logits
-    least = logits.topk(k).values[..., -1:]                                       # [..., 1]
+    least = logits.topk(k).values[..., -1:]  # [..., 1]
     return logits.masked_fill(logits < least, -math.inf)
 
 
@@ -40,7 +40,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """
     if p >= 1:
         return logits
-    ordered, order = logits.sort(descending=True, stable=True)                    # [..., K]
+    ordered, order = logits.sort(descending=True, stable=True)  # [..., K]
     probabilities = ordered.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
     before[..., 0] = 0
@@ -59,25 +59,23 @@ def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
 
     In float64 a 24-bit uniform below 1 times the total stays below the total: no code of probability 0 is ever drawn.
     """
-    cumulative = probabilities.double().cumsum(-1)                                # [B, K]
-    threshold = uniforms.double()[:, None] * cumulative[:, -1:]                   # [B, 1]
-    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)      # [B]
+    cumulative = probabilities.double().cumsum(-1)  # [B, K]
+    threshold = uniforms.double()[:, None] * cumulative[:, -1:]  # [B, 1]
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)  # [B]
 
 
 def choose(logits: Tensor, uniforms: Tensor, settings: AutoregressiveSampleConfig) -> Tensor:
     """One code for each row of logits [B, K]; temperature 0 takes the likeliest."""
     if settings.temperature == 0:
         return logits.argmax(-1)
-    probabilities = distribution(
-        logits, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p
-    )
+    probabilities = distribution(logits, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p)
     return draw(probabilities, uniforms)
 
 
 def guide(logits: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance l_u + s (l_c - l_u) (Ho & Salimans, 2022) on [conditional; null] logits [2B, K]."""
     conditional, null = logits.float().chunk(2)
-    return null + scale * (conditional - null)                                    # [B, K]
+    return null + scale * (conditional - null)  # [B, K]
 
 
 def guidance_at(progress: float, settings: AutoregressiveSampleConfig) -> float:
@@ -131,7 +129,7 @@ def stream(
     """
     batch_size, length = uniforms.shape
     scales = [guidance_at(step / length, settings) for step in range(length)]
-    codes = labels.new_zeros(batch_size, length)                                  # [B, T]
+    codes = labels.new_zeros(batch_size, length)  # [B, T]
     done = 0 if prefix is None else prefix.shape[1]
     if prefix is not None:
         codes[:, :done] = prefix

@@ -117,8 +117,8 @@ class DiT(nn.Module):
 
     def unpatchify(self, patches: Tensor) -> Tensor:
         """[B, T, out_channels * p * p] -> [B, out_channels, h, w]."""
-        squares = patches.transpose(1, 2).unflatten(2, self.grid)             # [B, C p p, h/p, w/p]
-        return F.pixel_shuffle(squares, self.patch_size)                      # [B, C, h, w]
+        squares = patches.transpose(1, 2).unflatten(2, self.grid)  # [B, C p p, h/p, w/p]
+        return F.pixel_shuffle(squares, self.patch_size)  # [B, C, h, w]
 
 
 class Block(nn.Module):
@@ -135,7 +135,7 @@ class Block(nn.Module):
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(self, tokens: Tensor, condition: Tensor, turns: Turns | None = None) -> Tensor:
-        numbers = self.modulation(condition)[:, None].chunk(6, dim=-1)        # 6 x [B, 1, D]
+        numbers = self.modulation(condition)[:, None].chunk(6, dim=-1)  # 6 x [B, 1, D]
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = numbers
         mixed = self.attention(modulate(self.norm, tokens, shift_attention, scale_attention), turns=turns)
         tokens = tokens + gate_attention * mixed
@@ -152,7 +152,7 @@ class Output(nn.Module):
         self.linear = nn.Linear(width, out)
 
     def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)    # 2 x [B, 1, D]
+        shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)  # 2 x [B, 1, D]
         return self.linear(modulate(self.norm, tokens, shift, scale))
 
 
@@ -171,9 +171,9 @@ class NoiseLevel(nn.Module):
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, logsnr: Tensor) -> Tensor:
-        angles = trainable(logsnr)[:, None] * self.frequencies                 # [B, F]
-        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)                # [B, 2 F]
-        return self.fall(F.silu(self.rise(waves)))                             # [B, D]
+        angles = trainable(logsnr)[:, None] * self.frequencies  # [B, F]
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)  # [B, 2 F]
+        return self.fall(F.silu(self.rise(waves)))  # [B, D]
 
 
 def modulate(norm: nn.Module, tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -194,9 +194,9 @@ def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
     """
     if width % 4:
         raise ValueError(f"diffusion.model.width={width} must be a multiple of 4 for two-dimensional positions")
-    frequencies = 10000 ** (-torch.arange(width // 4) / (width // 4))          # [D / 4]
+    frequencies = 10000 ** (-torch.arange(width // 4) / (width // 4))  # [D / 4]
     rows, columns = (torch.arange(side)[:, None] * frequencies for side in grid)
     row, column = (torch.cat([angle.sin(), angle.cos()], dim=-1) for angle in (rows, columns))  # [h, D/2], [w, D/2]
     height, side = grid
     pairs = row[:, None].expand(-1, side, -1), column[None].expand(height, -1, -1)
-    return torch.cat(pairs, dim=-1).flatten(0, 1)                              # [T, D]
+    return torch.cat(pairs, dim=-1).flatten(0, 1)  # [T, D]

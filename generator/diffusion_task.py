@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from engine.batches import StepRandom
 from engine.config import to_dict
+from engine.log import Histogram
 from engine.optim import adamw
 from engine.shards import Shards
 from engine.task import Task
@@ -29,6 +32,7 @@ from generator.path import noised
 from generator.schedule import build_schedule
 from tokenizer.model import Tokenizer
 
+LOGSNR_EDGES = tuple(range(-19, 20))  # of the histogram of what is drawn: all of the range of training
 VALIDATION_IMAGES = 1024
 PREVIEW_IMAGES = 16
 
@@ -44,9 +48,7 @@ class DiffusionTask(Task):
     averaged = ("network",)
     auxiliary = ("uncertainty",)
 
-    def __init__(
-        self, *, config: DiffusionConfig, shards: Shards, test_shards: Shards, tokenizer: Tokenizer
-    ) -> None:
+    def __init__(self, *, config: DiffusionConfig, shards: Shards, test_shards: Shards, tokenizer: Tokenizer) -> None:
         self.config, self.test_shards, self.tokenizer = config, test_shards, tokenizer
         card = generator_card(config, shards, tokenizer)
         self.network = build_denoiser(config.model, card)
@@ -63,17 +65,63 @@ class DiffusionTask(Task):
 
     def step(self, batch: dict[str, Tensor], rng: StepRandom) -> dict[str, Tensor]:
         latents, labels = batch["latents"].float(), batch["labels"]
-        u, eps = rng.uniform(), rng.normal(*latents.shape[1:])                     # [B], [B, C, h, w]
-        dropped = rng.uniform() < self.config.model.label_dropout                  # [B]
-        logsnr = self.curriculum.draw(u, rng.step)                                 # [B]
+        u, eps = rng.uniform(), rng.normal(*latents.shape[1:])  # [B], [B, C, h, w]
+        dropped = rng.uniform() < self.config.model.label_dropout  # [B]
+        logsnr = self.curriculum.draw(u, rng.step)  # [B]
         errors = self.errors(latents, labels.masked_fill(dropped, -1), logsnr, eps)
         losses = self.losses(errors, logsnr)
-        return {"loss": losses.mean(), **figures(losses.detach(), errors.detach(), u), "mean_logsnr": logsnr.mean()}
+        figures = {"loss": losses.mean(), "error": errors.detach().mean(), "mean_logsnr": logsnr.mean()}
+        return {**figures, **self._vectors(losses.detach(), logsnr)}
+
+    def _vectors(self, losses: Tensor, logsnr: Tensor) -> dict[str, Tensor]:
+        """Of losses at log SNRs [B]: draws by log SNR, draws by cluster and losses by cluster, each over B."""
+        cluster, num = self.curriculum.cluster_of(logsnr) - 1, self.curriculum.config.num_clusters
+        bins = (logsnr.floor().long() - LOGSNR_EDGES[0]).clamp(0, len(LOGSNR_EDGES) - 2)
+        ones = torch.full_like(losses, 1 / len(losses))
+        zeros = losses.new_zeros(num)
+        return {
+            "draws_by_logsnr": losses.new_zeros(len(LOGSNR_EDGES) - 1).index_add(0, bins, ones),
+            "draws_by_cluster": zeros.index_add(0, cluster, ones),
+            "loss_by_cluster": zeros.index_add(0, cluster, losses / len(losses)),
+        }
+
+    def told(self, step: int, sums: dict[str, list[float]]) -> dict[str, float | Histogram]:
+        """Where the curriculum stands, a histogram of the log SNRs, and the mean loss of each cluster drawn from."""
+        low, high = self.curriculum.active_levels(step)
+        total = sum(sums["draws_by_logsnr"])
+        return {
+            "curriculum/stage": self.curriculum.stage,
+            "curriculum/lowest_logsnr": low,
+            "curriculum/highest_logsnr": high,
+            "curriculum/draws": Histogram(LOGSNR_EDGES, [count / total for count in sums["draws_by_logsnr"]]),
+            **mean_losses(sums["loss_by_cluster"], sums["draws_by_cluster"]),
+        }
+
+    def after_step(self, step: int, metrics: dict[str, float], rng: StepRandom) -> None:
+        """Every process sees the same loss, so that all begin a stage with the same step."""
+        self.curriculum.after_step(metrics["loss"])
+        if step + 1 == self.config.train.steps and self.curriculum.stage < self.curriculum.num_stages:
+            self._warn_of_unfinished(step)
+
+    def _warn_of_unfinished(self, step: int) -> None:
+        low, high = self.curriculum.active_levels(step)
+        warnings.warn(
+            f"the training ended in stage {self.curriculum.stage} of {self.curriculum.num_stages} of its curriculum:"
+            f" log SNRs below {low:.1f} or above {high:.1f} were never trained. Train longer, or lower"
+            " diffusion.curriculum.patience, num_clusters or stage_steps",
+            stacklevel=2,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"curriculum": self.curriculum.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.curriculum.load_state_dict(state.get("curriculum", {}))
 
     def errors(self, x0: Tensor, labels: Tensor, logsnr: Tensor, eps: Tensor) -> Tensor:
         """Mean squared errors of the output [B], of latents and noise [B, C, h, w] at log SNR [B]."""
-        rows = training_labels(labels, self.network.num_classes)                   # [B]
-        seen = self.objective.network_input(noised(x0, eps, logsnr), logsnr)       # [B, C, h, w]
+        rows = training_labels(labels, self.network.num_classes)  # [B]
+        seen = self.objective.network_input(noised(x0, eps, logsnr), logsnr)  # [B, C, h, w]
         output = self.modules["network"](seen, logsnr, rows).float()
         return (output - self.objective.target_of(x0, eps, logsnr)).square().flatten(1).mean(1)
 
@@ -84,21 +132,23 @@ class DiffusionTask(Task):
         is then measured in units of what is usual at its level (Karras et al., 2024, arXiv:2312.02696).
         """
         if "uncertainty" in self.modules:
-            u = self.modules["uncertainty"](logsnr)                                # [B]
+            u = self.modules["uncertainty"](logsnr)  # [B]
             return errors / u.exp() + u
         return self.objective.weight(logsnr) * errors
 
     def validate(self) -> dict[str, float]:
         """Loss and error on held-out latents, with the same noise at the same evenly spread levels every time.
 
-        The levels are those that the last step of the training draws.
+        The levels are those of the schedule where the training has it in the end, whichever curriculum leads there.
         """
         measured = []
-        for *arguments, u in self._test_batches():
-            errors = self.errors(*arguments)
-            measured.append((self.losses(errors, arguments[2]), errors, u))
-        losses, errors, u = (torch.cat(column) for column in zip(*measured, strict=True))
-        return {key: float(value) for key, value in {"loss": losses.mean(), **figures(losses, errors, u)}.items()}
+        for arguments in self._test_batches():
+            errors, logsnr = self.errors(*arguments), arguments[2]
+            measured.append((self.losses(errors, logsnr), errors, logsnr))
+        losses, errors, logsnr = (torch.cat(column) for column in zip(*measured, strict=True))
+        vectors = {key: vector.tolist() for key, vector in self._vectors(losses, logsnr).items()}
+        by_cluster = mean_losses(vectors["loss_by_cluster"], vectors["draws_by_cluster"])
+        return {"loss": float(losses.mean()), "error": float(errors.mean()), **by_cluster}
 
     def preview(self) -> dict[str, Tensor]:
         """Decoded samples, sorted by class, from the same seeds every time; a guide would be another run's network."""
@@ -107,18 +157,18 @@ class DiffusionTask(Task):
         latents = self.generator.sample(labels, range(PREVIEW_IMAGES), **dataclasses.asdict(settings))
         return {"samples": self.tokenizer.to(latents.device).from_latents(latents).cpu()}
 
-    def _test_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-        """The arguments x0, labels, logsnr, eps of `errors`, then u [B], over evenly spread held-out latents."""
+    def _test_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """The arguments x0, labels, logsnr, eps of `errors` over evenly spread held-out latents."""
         num = min(VALIDATION_IMAGES, len(self.test_shards))
         indices = np.arange(num) * len(self.test_shards) // num
         generator = torch.Generator().manual_seed(0)
-        spread = (torch.randperm(num, generator=generator) + 0.5) / num            # [num]
+        spread = (torch.randperm(num, generator=generator) + 0.5) / num  # [num]
         device = self.network.positions.device
         for rows in torch.arange(num).split(self.config.sample.batch_size):
             batch = self.test_shards.load(indices[rows.numpy()])
             eps = torch.randn(batch["latents"].shape, generator=generator)
             latents, u = batch["latents"].to(device).float(), spread[rows].to(device)
-            yield latents, batch["labels"].to(device), self.curriculum.final(u), eps.to(device), u
+            yield latents, batch["labels"].to(device), self.curriculum.final(u), eps.to(device)
 
 
 class Uncertainty(nn.Module):
@@ -138,21 +188,12 @@ class Uncertainty(nn.Module):
         self.bias = nn.Parameter(torch.zeros(()))
 
     def forward(self, logsnr: Tensor) -> Tensor:
-        angles = logsnr[:, None] * self.frequencies                                # [B, F]
-        waves = torch.cat([angles.cos(), angles.sin()], dim=1)                     # [B, 2 F]
-        return (waves * self.weight).sum(1) + self.bias                            # [B]
+        angles = logsnr[:, None] * self.frequencies  # [B, F]
+        waves = torch.cat([angles.cos(), angles.sin()], dim=1)  # [B, 2 F]
+        return (waves * self.weight).sum(1) + self.bias  # [B]
 
 
-def figures(losses: Tensor, errors: Tensor, u: Tensor) -> dict[str, Tensor]:
-    """Beside the mean loss: the mean error, which no weight changes, and the loss by quarter of u; all given [B]."""
-    return {"error": errors.mean(), **loss_by_quarter(losses, u)}
-
-
-def loss_by_quarter(losses: Tensor, u: Tensor) -> dict[str, Tensor]:
-    """Loss in each quarter of the schedule's draws u [B], 1 the least noisy.
-
-    Four times each quarter's part of the mean: unlike a mean over the quarter's own samples it exists when a small
-    batch has none there, and averages over parts and processes to the right number.
-    """
-    quarter = 4 - (4 * u).long()                                                   # [B], in 1 .. 4
-    return {f"loss_quarter_{q}": 4 * (losses * (quarter == q)).mean() for q in range(1, 5)}
+def mean_losses(sums: list[float], draws: list[float]) -> dict[str, float]:
+    """Mean loss of each cluster, 01 the least noisy; a cluster that was not drawn from has none."""
+    pairs = enumerate(zip(sums, draws, strict=True), start=1)
+    return {f"loss_cluster_{number:02d}": total / count for number, (total, count) in pairs if count > 0}

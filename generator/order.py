@@ -30,7 +30,7 @@ def draw_orders(uniforms: Tensor, noise: Tensor, share: float) -> Tensor:
 
     A random order is that of the sample's noise [B, T].
     """
-    raster = torch.arange(noise.shape[1], device=noise.device)                    # [T]
+    raster = torch.arange(noise.shape[1], device=noise.device)  # [T]
     return torch.where((uniforms < share)[:, None], noise.argsort(dim=1), raster)
 
 
@@ -47,5 +47,5 @@ def fold_order(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     folded = dict(weights)
     source = folded.pop(SOURCE, None)
     if source is not None:
-        folded[POSITION] = folded[POSITION] + source[: len(folded[POSITION])]     # [T, D]
+        folded[POSITION] = folded[POSITION] + source[: len(folded[POSITION])]  # [T, D]
     return folded

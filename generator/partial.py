@@ -21,9 +21,9 @@ def paint_partial(tokenizer: Tokenizer, codes: Tensor, done: int) -> Tensor:
     """
     if not 0 <= done <= tokenizer.length:
         raise ValueError(f"done={done} must lie in 0 .. {tokenizer.length}, the number of codes of an image")
-    standing = torch.arange(tokenizer.length, device=codes.device) < done                # [T]
-    images = tokenizer.decode(codes.where(standing, 0))                                  # [B, 3, H, W]
+    standing = torch.arange(tokenizer.length, device=codes.device) < done  # [T]
+    images = tokenizer.decode(codes.where(standing, 0))  # [B, 3, H, W]
     per_cell = tokenizer.quantizer.codes_per_token
-    cells = standing.view(*tokenizer.grid, per_cell).all(-1)                             # [h, w]
+    cells = standing.view(*tokenizer.grid, per_cell).all(-1)  # [h, w]
     patch = tokenizer.image_size // tokenizer.grid[0]
     return images.masked_fill(~cells.repeat_interleave(patch, 0).repeat_interleave(patch, 1), GREY)

@@ -38,9 +38,9 @@ class Rotary:
     def __call__(self, position: Tensor) -> Turns:
         """Turns [..., 1, T, d / 2] of what stands at `position` int64 [..., T]: 0 is the label, t is code t - 1."""
         steps = torch.arange(self.head_dim // 4, device=position.device, dtype=torch.float32)
-        frequencies = BASE ** (-4 * steps / self.head_dim)                        # [d / 4], radians per row or column
-        angles = self.coordinates(position)[..., None] * frequencies             # [..., T, 2, d / 4]
-        angles = angles.flatten(-2).unsqueeze(-3)                                 # [..., 1, T, d / 2]
+        frequencies = BASE ** (-4 * steps / self.head_dim)  # [d / 4], radians per row or column
+        angles = self.coordinates(position)[..., None] * frequencies  # [..., T, 2, d / 4]
+        angles = angles.flatten(-2).unsqueeze(-3)  # [..., 1, T, d / 2]
         return angles.cos(), angles.sin()
 
     def coordinates(self, position: Tensor) -> Tensor:
@@ -53,5 +53,5 @@ class Rotary:
 def rotate(x: Tensor, turns: Turns) -> Tensor:
     """Turn the pairs (i, i + d / 2) of x [B, H, T, d], in fp32; shape and type stay."""
     cos, sin = turns
-    first, second = x.float().chunk(2, dim=-1)                                    # [B, H, T, d / 2] each
+    first, second = x.float().chunk(2, dim=-1)  # [B, H, T, d / 2] each
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

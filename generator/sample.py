@@ -75,7 +75,7 @@ def sample_images(
         filled = rows.tolist() + rows[-1:].tolist() * (batch_size - len(rows))
         chosen, count = [seeds[row] for row in filled], len(rows)
         made = _codes_or_latents(generator, labels[filled], chosen, settings, watch, count)
-        parts.append(decode(made)[:count].cpu())                                  # [n, 3, H, W]
+        parts.append(decode(made)[:count].cpu())  # [n, 3, H, W]
     return torch.cat(parts)
 
 
@@ -219,7 +219,7 @@ def _codes_or_latents(
         return generator.sample(labels, seeds, **settings)
     for done, codes in generator.stream(labels, seeds, **settings):
         watch(codes[:shown], done)
-    return codes                                                                  # [B, T]
+    return codes  # [B, T]
 
 
 def _fill(

@@ -82,7 +82,7 @@ def check_replaceable(folder: Path) -> None:
 def publish(draft: Path, folder: Path, told: Told) -> None:
     """Add grid and samples.json to a draft with all its pictures, then put it in the place of older samples."""
     shown, columns = grid_rows(told["labels"])
-    images = np.stack([np.asarray(Image.open(png_path(draft, row))) for row in shown])        # [n, H, W, 3]
+    images = np.stack([np.asarray(Image.open(png_path(draft, row))) for row in shown])  # [n, H, W, 3]
     save_grid(torch.from_numpy(images).permute(0, 3, 1, 2), draft / "grid.png", columns=columns)
     write_json(draft / "samples.json", told)
     old = folder.with_name(f".old-{folder.name}")

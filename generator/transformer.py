@@ -57,7 +57,7 @@ class KVCache:
         """Store keys and values [B, H, T, d] at `position` [T]; return all of them, [B, H, L, d]."""
         for stored, new in ((self.keys, keys), (self.values, values)):
             if self.complete:
-                stored[:, :, -1:] = new                                           # the last position, found faster
+                stored[:, :, -1:] = new  # the last position, found faster
             else:
                 stored.index_copy_(2, position, new.to(stored.dtype))
         return self.keys, self.values
@@ -116,21 +116,21 @@ class Attention(nn.Module):
         With a cache, `position` [T] (int64) says where in the sequence the T tokens stand, and each of them sees
         what the cache holds up to itself. `turns` rotate queries and keys, those in the cache once and for all.
         """
-        query, key, value = self._heads(x)                                        # [B, H, T, d] each
+        query, key, value = self._heads(x)  # [B, H, T, d] each
         if turns is not None:
             query, key = rotate(query, turns), rotate(key, turns)
         mask = None
         if cache is not None:
             # is_causal aligns query 0 with key 0, so one query over cached keys would see the first key alone.
             assert position is not None, "a cache needs the positions of its new tokens"
-            key, value = cache.update(key, value, position)                       # [B, H, L, d] each
-            mask, causal = cache.seen_from(position), False                       # [T, L]
+            key, value = cache.update(key, value, position)  # [B, H, L, d] each
+            mask, causal = cache.seen_from(position), False  # [T, L]
         dropout = self.dropout if self.training else 0.0
         mixed = attention(query, key, value, mask=mask, dropout=dropout, causal=causal)  # [B, H, T, d]
-        return self.out(mixed.transpose(1, 2).flatten(2))                         # [B, T, D]
+        return self.out(mixed.transpose(1, 2).flatten(2))  # [B, T, D]
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))                      # [B, T, 3, H, d]
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, T, 3, H, d]
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         return self.query_norm(query), self.key_norm(key), value
 
@@ -205,4 +205,4 @@ class Block(nn.Module):
         """Map [B, T, D] to [B, T, D]; cache, position and turns are those of `Attention`."""
         mixed = self.attention(self.attention_norm(x), causal=causal, cache=cache, position=position, turns=turns)
         x = x + self.dropout(mixed)
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))                       # [B, T, D]
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))  # [B, T, D]

@@ -39,7 +39,7 @@ def test_fewer_queries_than_keys() -> None:
 def test_one_query_equals_the_fused_kernel(dtype: torch.dtype, seen: int | None) -> None:
     generator = torch.Generator().manual_seed(0)
     query, (key, value) = (torch.randn(*size, 8, generator=generator) for size in ((3, 4, 1), (2, 3, 4, LENGTH)))
-    mask = None if seen is None else torch.arange(LENGTH)[None] < seen                       # [1, L]
+    mask = None if seen is None else torch.arange(LENGTH)[None] < seen  # [1, L]
     found = of_one_query(query.to(dtype), key.to(dtype), value.to(dtype), mask=mask)
     # In bf16 the inputs are rounded, and the result once more; the sums are in fp32.
     rounded = (tensor.to(dtype).float() for tensor in (query, key, value))

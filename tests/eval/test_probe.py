@@ -40,9 +40,7 @@ def test_choices_never_see_the_test_images() -> None:
     (x, labels), (test, test_labels) = blobs(200, 0, gap=1.5), blobs(100, 1, gap=1.5)
     taps = {"good": (x, test), "poor": (torch.randn(200, 3), torch.randn(100, 3))}
     hostile = {"good": (x, -test), "poor": (taps["poor"][0], torch.eye(4, 3)[test_labels] * 50)}
-    picks = [
-        best_tap(probe_curve(each, labels, test_labels, c_grid=C_GRID, held_out=0.2)) for each in (taps, hostile)
-    ]
+    picks = [best_tap(probe_curve(each, labels, test_labels, c_grid=C_GRID, held_out=0.2)) for each in (taps, hostile)]
     assert picks[0][:3] == picks[1][:3]
     assert picks[0].tap == "good"
     assert picks[0].test.value > picks[1].test.value

@@ -92,9 +92,7 @@ def test_kept_samples_are_the_candidates_that_the_classifier_likes_best(
 def test_a_larger_acceptance_and_the_plain_samples_share_the_candidates(
     run: RunConfig, picker: Picker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = sample(
-        run=run, config=FAMILIES["autoregressive"], family="autoregressive", device=setup(run), num=24
-    )
+    plain = sample(run=run, config=FAMILIES["autoregressive"], family="autoregressive", device=setup(run), num=24)
     drawn = []
 
     def counted(*args: Any, **kwargs: Any) -> torch.Tensor:

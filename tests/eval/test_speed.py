@@ -166,9 +166,7 @@ def test_a_step_counts_all_that_it_computes(tmp_path: Path) -> None:
     assert 3 * step_flops(model, both) == pytest.approx(own + perceptual + adversarial, abs=3)
 
 
-def test_a_frozen_encoder_is_measured_frozen(
-    run: RunConfig, device: Device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_frozen_encoder_is_measured_frozen(run: RunConfig, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     learning: list[set[str]] = []
 
     def watched(model: Tokenizer, *arguments: Any, **options: Any) -> TokenizerTask:

@@ -21,7 +21,7 @@ def write_shards(folder: Path, num: int, fingerprint: str, seed: int) -> None:
     """Codes that count upwards from a number of the class, one in eight of them random; latents likewise."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(num) % len(CLASSES)
-    codes = (labels[:, None] * 7 + torch.arange(16)) % VOCAB                      # [N, 16]
+    codes = (labels[:, None] * 7 + torch.arange(16)) % VOCAB  # [N, 16]
     wild = torch.randint(VOCAB, codes.shape, generator=generator)
     codes = torch.where(torch.rand(codes.shape, generator=generator) < 0.125, wild, codes)
     latents = labels[:, None, None, None] - 1 + 0.1 * torch.randn(num, CODE_DIM, 4, 4, generator=generator)

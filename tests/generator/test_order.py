@@ -104,7 +104,7 @@ def test_logits_know_the_place_that_they_predict_and_the_places_seen(
     before = vim(codes, LABELS, order)
     swapped = order.clone()
     swapped[:, [3, 4]] = order[:, [4, 3]]
-    change = (vim(codes, LABELS, swapped) - before).abs().amax(-1)                # [B, T]
+    change = (vim(codes, LABELS, swapped) - before).abs().amax(-1)  # [B, T]
     assert (change[:, :3] == 0).all()
     assert (change[:, 3] > 1e-3).all()  # the same codes seen, another place asked for
     vim.source_embedding.weight.data[1 + order[0, 2]] *= 3

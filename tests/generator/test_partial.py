@@ -19,7 +19,7 @@ def build(depth: int = 1) -> Tokenizer:
 
 def grey_cells(images: torch.Tensor) -> list[bool]:
     """Which cells of a 4 x 4 grid are all grey, in raster order."""
-    patches = images.unflatten(3, (4, 4)).unflatten(2, (4, 4))                    # [B, 3, row, y, column, x]
+    patches = images.unflatten(3, (4, 4)).unflatten(2, (4, 4))  # [B, 3, row, y, column, x]
     return (patches == GREY).all(dim=(0, 1, 3, 5)).flatten().tolist()
 
 

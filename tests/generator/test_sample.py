@@ -104,9 +104,7 @@ def test_the_door_writes_pictures_a_grid_and_what_they_are(finished: RunConfig, 
 
 def test_one_label_and_another_folder(finished: RunConfig, device: Device, tmp_path: Path) -> None:
     config, out = CONFIGS["autoregressive"], tmp_path / "elsewhere"
-    folder = sample(
-        run=finished, config=config, family="autoregressive", device=device, num=3, label=2, out=out
-    )
+    folder = sample(run=finished, config=config, family="autoregressive", device=device, num=3, label=2, out=out)
     assert folder == out
     assert json.loads((out / "samples.json").read_text())["labels"] == [2, 2, 2]
     with pytest.raises(ValueError, match=r"label 3 must be 0 \.\. 2"):

@@ -156,9 +156,7 @@ def test_spread_labels_rise_evenly() -> None:
 
 
 def test_guidance_without_a_null_label_is_refused_before_training(run: RunConfig) -> None:
-    config = dataclasses.replace(
-        with_model(label_dropout=0.0), sample=AutoregressiveSampleConfig(guidance=2.0)
-    )
+    config = dataclasses.replace(with_model(label_dropout=0.0), sample=AutoregressiveSampleConfig(guidance=2.0))
     with pytest.raises(ValueError, match=r"autoregressive\.sample\.guidance=2\.0"):
         make_task(run, config)
 

@@ -157,7 +157,7 @@ def test_rms_norm_divides_by_the_root_mean_square_in_fp32(x: torch.Tensor) -> No
 
 def test_modern_attention_is_its_formula(x: torch.Tensor) -> None:
     attention, position = Attention(WIDTH, HEADS, bias=False, qk_norm=True), torch.arange(LENGTH)
-    angles = torch.atan2(*ROTARY(position)[::-1])                                 # [1, T, d / 2]
+    angles = torch.atan2(*ROTARY(position)[::-1])  # [1, T, d / 2]
     query, key, value = (
         (x @ weight.T).unflatten(-1, (HEADS, -1)).transpose(1, 2) for weight in attention.qkv.weight.chunk(3)
     )
@@ -166,7 +166,7 @@ def test_modern_attention_is_its_formula(x: torch.Tensor) -> None:
         * torch.polar(torch.ones(()), angles)
         for each in (query, key)
     )
-    scores = (query @ key.mH).real / (WIDTH // HEADS) ** 0.5                      # [B, H, T, T]
+    scores = (query @ key.mH).real / (WIDTH // HEADS) ** 0.5  # [B, H, T, T]
     mixed = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
     torch.testing.assert_close(attention(x, turns=ROTARY(position)), mixed @ attention.out.weight.T)
 

@@ -64,9 +64,7 @@ def test_losses_are_the_closed_forms(objective: str, judge: Judge, pair: tuple[t
     torch.testing.assert_close(told["discriminator_accuracy"], share)
 
 
-def test_the_gradient_penalty_is_lazy_and_weighs_as_much(
-    judge: Judge, pair: tuple[torch.Tensor, torch.Tensor]
-) -> None:
+def test_the_gradient_penalty_is_lazy_and_weighs_as_much(judge: Judge, pair: tuple[torch.Tensor, torch.Tensor]) -> None:
     real, fake = pair
     plain = Adversary(judge, CONFIG).discriminator_losses(judge, real, fake, 0)["discriminator"]
     adversary = Adversary(judge, replace(CONFIG, r1=10.0, r1_every=4))

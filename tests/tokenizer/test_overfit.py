@@ -24,7 +24,13 @@ CONFIG = TokenizerConfig(
     quantizer=QuantizerConfig(revive_after=50),
     loss=TokenizerLossConfig(l2=40.0),
     train=TrainConfig(
-        steps=STEPS, batch_size=16, learning_rate=2e-3, warmup_steps=20, ema=0.9, preview_every=0, log_every=STEPS,
+        steps=STEPS,
+        batch_size=16,
+        learning_rate=2e-3,
+        warmup_steps=20,
+        ema=0.9,
+        preview_every=0,
+        log_every=STEPS,
         checkpoint_every=STEPS,
     ),
 )

@@ -1,0 +1,58 @@
+"""When a curriculum goes on to its next stage."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from generator.config import CurriculumConfig
+
+
+class Pacing:
+    """The stage of a curriculum, 1 .. num_stages, moved on by the losses of its steps (Kim et al., 2025, algorithm 1).
+
+    With patience a stage ends once the loss has not fallen below the best of the stage for more than `patience` steps
+    in a row. The loss is an exponential average without bias towards its start (Kingma & Ba, 2015, section 3), which
+    begins anew with each stage as the best does: the mean loss changes when a cluster joins. The last stage never ends.
+    """
+
+    def __init__(self, config: CurriculumConfig, *, num_stages: int) -> None:
+        self.config, self.num_stages = config, num_stages
+        self.stage = 1
+        self._begin()
+
+    def _begin(self) -> None:
+        self.steps, self.waited, self.best = 0, 0, math.inf
+        self.average = 0.0  # towards 0 by smoothing^steps
+
+    def update(self, loss: float) -> bool:
+        """Take the loss of a step, the same on every process; tells whether a new stage begins with the next step."""
+        self.steps += 1
+        if self._over(loss) and self.stage < self.num_stages:
+            self.stage += 1
+            self._begin()
+            return True
+        return False
+
+    def _over(self, loss: float) -> bool:
+        """Whether the stage should end with this loss."""
+        limit = self.config.stage_steps
+        if self.config.pacing == "fixed":
+            return self.steps >= (limit or 1)
+        decay = self.config.smoothing
+        self.average = decay * self.average + (1 - decay) * loss
+        smoothed = self.average / (1 - decay**self.steps)
+        if smoothed < self.best - self.config.min_improvement:
+            self.best, self.waited = smoothed, 0
+        else:
+            self.waited += 1
+        return self.waited > self.config.patience or (limit is not None and self.steps >= limit)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Primitives only."""
+        return {key: getattr(self, key) for key in ("stage", "steps", "waited", "best", "average")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The counterpart of `state_dict`."""
+        for key in self.state_dict():
+            setattr(self, key, state[key])
