@@ -27,7 +27,8 @@ class Series:
     points: Sequence[Point]
     tone: str
     kind: str = "line"
-    """A key of SHAPES: `line`, `dots` (joined, with hover titles), `level` (dashed, at the last value), `steps`."""
+    """A key of SHAPES: `line`, `dots` (joined, with hover titles), `level` (dashed, at the last value), `steps`,
+    `stairs` (each value holds until the next point; with hover titles)."""
     spans: Sequence[Point] = ()
     titles: Sequence[str] = ()
     marked: int | None = None
@@ -66,18 +67,14 @@ class Chart:
 
     def html(self) -> str:
         """A <figure>; one line of words if there is nothing to draw."""
-        opening = f'<figure class="chart"><figcaption>{escape(self.title)}</figcaption>'
         if not any(each.points for each in self.series):
-            return f'{opening}<p class="note">no figures yet</p></figure>'
+            return without_figures(self.title)
         y = self._y_axis()
         left = 12 + LETTER * max(len(label) for label in y.labels)
         x = self._x_axis(left)
         drawn = "".join(_drawn(each, x, y) for each in self.series if each.points)
-        return (
-            f"{opening}{self._legend()}"
-            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(self._spoken())}">'
-            f"{_frame(x, y, unit=self.unit, x_label=self.x_label)}{drawn}</svg></figure>"
-        )
+        axes = frame(x, y, unit=self.unit, x_label=self.x_label)
+        return figure(self.title, legend=self._legend(), drawn=f"{axes}{drawn}", spoken=self._spoken())
 
     def _y_axis(self) -> Axis:
         values = [y for each in self.series for _, y in each.points]
@@ -94,11 +91,7 @@ class Chart:
         if self.names:
             ticks, labels = _named_ticks(self.names, right - left)
             return Axis(low=-0.5, high=len(self.names) - 0.5, first=left, last=right, ticks=ticks, labels=labels)
-        values = [x for each in self.series for x, _ in each.points]
-        low, high = min(0.0, *values), max(values)
-        high = high if high > low else low + 1
-        ticks = linear_ticks(low, high, 4)
-        return Axis(low=low, high=high, first=left, last=right, ticks=ticks, labels=step_labels(ticks))
+        return number_axis([x for each in self.series for x, _ in each.points], left)
 
     def _legend(self) -> str:
         entries = (
@@ -118,6 +111,19 @@ class Chart:
             elif ys:
                 parts.append(f"{each.label}: from {ys[0]:.4g} to {ys[-1]:.4g}{unit}, {len(ys)} points")
         return f"{self.title}. " + "; ".join(parts)
+
+
+def figure(title: str, *, legend: str, drawn: str, spoken: str) -> str:
+    """A drawing under its title and legend; `spoken` is what a screen reader says of it."""
+    return (
+        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>{legend}'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(spoken)}">{drawn}</svg></figure>'
+    )
+
+
+def without_figures(title: str) -> str:
+    note = '<p class="note">no figures yet</p>'
+    return f'<figure class="chart"><figcaption>{escape(title)}</figcaption>{note}</figure>'
 
 
 def linear_ticks(low: float, high: float, most: int) -> list[float]:
@@ -166,6 +172,14 @@ def thinned(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
 
 
+def number_axis(values: Sequence[float], left: float) -> Axis:
+    """The horizontal axis, from 0 or below."""
+    low, high = min(0.0, *values), max(values)
+    high = high if high > low else low + 1
+    ticks = linear_ticks(low, high, 4)
+    return Axis(low=low, high=high, first=left, last=WIDTH - RIGHT, ticks=ticks, labels=step_labels(ticks))
+
+
 def _padded(low: float, high: float, *, fixed: bool) -> Point:
     reach = high - low or abs(high) or 1.0
     return (low, high) if fixed else (low - 0.06 * reach, high + 0.06 * reach)
@@ -179,7 +193,7 @@ def _named_ticks(names: Sequence[str], width: float) -> tuple[list[float], list[
     return [float(place) for place in chosen], [short[place] for place in chosen]
 
 
-def _frame(x: Axis, y: Axis, *, unit: str, x_label: str) -> str:
+def frame(x: Axis, y: Axis, *, unit: str, x_label: str) -> str:
     """Grid, ticks and names of both axes."""
     parts = []
     for tick, label in zip(y.ticks, y.labels, strict=True):
@@ -208,8 +222,12 @@ def _dots(series: Series, x: Axis, y: Axis) -> str:
     for (px, _), span in zip(series.points, series.spans, strict=False):
         at, (low, high) = x.place(px), map(y.place, span)
         parts.append(f'<line class="span" x1="{at:.1f}" x2="{at:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>')
-    parts.append(_line(series, x, y, look="curve thin"))
-    titles = series.titles or [f"{px:,.10g}: {py:.4g}" for px, py in series.points]
+    return "".join(parts) + _line(series, x, y, look="curve thin") + _circles(series, x, y)
+
+
+def _circles(series: Series, x: Axis, y: Axis) -> str:
+    """The points, with their titles."""
+    parts, titles = [], series.titles or [f"{px:,.10g}: {py:.4g}" for px, py in series.points]
     for index, ((px, py), title) in enumerate(zip(series.points, titles, strict=True)):
         look = 'class="marked" r="5.5"' if index == series.marked else 'r="2.8"'
         place = f'cx="{x.place(px):.1f}" cy="{y.place(py):.1f}"'
@@ -230,9 +248,18 @@ def _steps(series: Series, x: Axis, y: Axis) -> str:
     return f'<path class="area" d="{path}V{y.first}Z"/>'
 
 
+def _stairs(series: Series, x: Axis, y: Axis) -> str:
+    """A line that keeps each value until the next point, and the first from the left edge on."""
+    path = f"M{x.first:.1f} {y.place(series.points[0][1]):.1f}"
+    for px, py in series.points:
+        path += f"H{x.place(px):.1f}V{y.place(py):.1f}"
+    return f'<path class="curve" d="{path}"/>{_circles(series, x, y)}'
+
+
 SHAPES: dict[str, Callable[[Series, Axis, Axis], str]] = {
     "line": _line,
     "dots": _dots,
     "level": _level,
     "steps": _steps,
+    "stairs": _stairs,
 }

@@ -1,125 +1,63 @@
-"""What the charts of a report show: training of each stage, use of the codes, the linear probe along its taps."""
+"""What the charts of a report show: training of each stage with its curriculum, use of the codes, the linear probe."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from html import escape
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from engine.shards import Shards
-from tokenloom.charts import LOG_RATIO, Chart, Point, Series, thinned
+from tokenloom.charts import LOG_RATIO, Chart, Point, Series
+from tokenloom.curriculum_curves import curriculum_panels, of_curriculum
 from tokenloom.page import facts, note
+from tokenloom.panels import Curve, Panel, drawn, pair, points_of
 from tokenloom.run_files import RunFiles
 from tokenloom.score_table import TITLES, find, share_text
 
-MAX_BARS, MAX_DOTS = 512, 40
+MAX_BARS = 512
 Row = dict[str, Any]  # of eval/probe.json
 PROBED = ("tokenizer", "autoregressive", "diffusion")
-
-
-class Curve(NamedTuple):
-    """One key of metrics.jsonl as it is drawn; the legend adds the last value."""
-
-    key: str
-    label: str
-    tone: str = ""
-    kind: str = "line"
-
-
-class Panel(NamedTuple):
-    """One chart of a stage; values are multiplied by `factor` before they are drawn."""
-
-    title: str
-    unit: str
-    curves: tuple[Curve, ...]
-    factor: float = 1.0
-
-
-def _pair(key: str, training: str, held_out: str, validation: str = "") -> tuple[Curve, ...]:
-    return Curve(key, training, "plain"), Curve(f"validation/{validation or key}", held_out, "", "dots")
 
 
 PANELS = {
     "tokenizer": (
         Panel("Loss", "", (Curve("loss", "training"),)),
-        Panel("Reconstruction quality", "PSNR, dB", _pair("psnr", "training", "test images")),
-        Panel("Codebook usage", "% of codes", _pair("usage", "training", "test images"), 100),
+        Panel("Reconstruction quality", "PSNR, dB", pair("psnr", "training", "test images")),
+        Panel("Codebook usage", "% of codes", pair("usage", "training", "test images"), 100),
     ),
     "autoregressive": (
         Panel(
             "Negative log likelihood",
             "nats per code",
             (
-                *_pair("loss", "training", "test images", "nll"),
+                *pair("loss", "training", "test images", "nll"),
                 Curve("validation/unigram_entropy", "code frequencies alone", "extra-2", "level"),
             ),
         ),
     ),
-    "diffusion": (
-        Panel("Loss", "", _pair("loss", "training", "test latents")),
-        Panel(
-            "Loss on test latents by noise",
-            "",
-            tuple(
-                Curve(f"validation/loss_quarter_{number}", label, tone, "dots")
-                for number, label, tone in (
-                    (1, "least noise", "extra-1"),
-                    (2, "second quarter", "tokenizer"),
-                    (3, "third quarter", "extra-2"),
-                    (4, "most noise", "diffusion"),
-                )
-            ),
-        ),
-    ),
+    "diffusion": (Panel("Loss", "", pair("loss", "training", "test latents")),),
 }
 
 
 def training_panels(run: RunFiles, stage: str) -> list[str]:
     """The main charts of a stage."""
     lines = run.metrics(stage)
-    return [_drawn(panel, lines, stage) for panel in PANELS[stage]]
+    panels = [drawn(panel, lines, stage) for panel in PANELS[stage]]
+    return panels + (curriculum_panels(lines) if stage == "diffusion" else [])
 
 
 def other_panels(run: RunFiles, stage: str) -> list[str]:
     """A chart for everything else that the stage logged and that was not always 0."""
     lines = run.metrics(stage)
     shown = {curve.key for panel in PANELS[stage] for curve in panel.curves}
-    keys = sorted({key for line in lines for key, value in line.items() if value} - shown - {"step"})
+    found = {key for line in lines for key, value in line.items() if value and not of_curriculum(key)}
+    keys = sorted(found - shown - {"step"})
     names = dict.fromkeys(key.removeprefix("validation/") for key in keys)
-    panels = (Panel(name.replace("_", " "), "", _pair(name, "training", "held out")) for name in names)
-    return [_drawn(panel, lines, stage) for panel in panels]
-
-
-def _drawn(panel: Panel, lines: Sequence[dict[str, Any]], stage: str) -> str:
-    found = [(curve, _points(lines, curve.key, panel.factor)) for curve in panel.curves]
-    found = [(curve, points) for curve, points in found if points]
-    alone = len(found) == 1
-    series = [
-        Series(
-            label=f"{curve.label} {points[-1][1]:.4g}",
-            points=thinned(points),
-            tone=stage if alone else curve.tone or stage,
-            kind=_kind(curve, points),
-        )
-        for curve, points in found
-    ]
-    return Chart(title=panel.title, unit=panel.unit, series=series).html()
-
-
-def _kind(curve: Curve, points: Sequence[Point]) -> str:
-    """A single point must be a dot to be seen; many dots are better a line."""
-    if curve.kind == "level":
-        return "level"
-    return "dots" if len(points) == 1 or (curve.kind == "dots" and len(points) <= MAX_DOTS) else "line"
-
-
-def _points(lines: Sequence[dict[str, Any]], key: str, factor: float) -> list[Point]:
-    """Finite values only: the log keeps others as strings."""
-    found = ((float(line["step"]), line.get(key)) for line in lines)
-    return [(step, factor * value) for step, value in found if isinstance(value, int | float) and math.isfinite(value)]
+    panels = (Panel(name.replace("_", " "), "", pair(name, "training", "held out")) for name in names)
+    return [drawn(panel, lines, stage) for panel in panels]
 
 
 def code_usage(run: RunFiles) -> str:
@@ -246,7 +184,7 @@ def _interval(row: Row) -> Point:
 def throughput(run: RunFiles, stage: str) -> str:
     """Steps and speed of a stage in words."""
     done, total = run.progress(stage)
-    rates = sorted(value for _, value in _points(run.metrics(stage), "samples_per_second", 1.0))
+    rates = sorted(value for _, value in points_of(run.metrics(stage), "samples_per_second", 1.0))
     steps = f"{done:,} steps" if run.state(stage) == "done" or not total else f"step {done:,} of {total:,}"
     speed = f", {rates[len(rates) // 2]:,.0f} images/s" if rates else ""
     return escape(steps + speed)

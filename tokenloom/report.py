@@ -27,6 +27,8 @@ CHAPTERS = {
     "configuration": "Configuration",
 }
 INTROS = {
+    "training": "Clusters are parts of the noise levels of diffusion, 1 the least noisy. A shaded column covers the "
+    "steps since the one before; the loss of a cluster is shaded against the first that was logged of it.",
     "codes": "A tokenizer that leaves codes unused wastes its vocabulary. Perplexity is the number of equally frequent "
     "codes that would carry as much information.",
     "probe": "How well a linear classifier tells the classes apart from frozen activations. The tap in the ring was "

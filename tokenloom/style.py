@@ -97,6 +97,9 @@ svg .span { stroke: var(--tone); stroke-width: 1.2; opacity: .55 }
 svg circle { fill: var(--tone) }
 svg .marked { fill: var(--card); stroke: var(--tone); stroke-width: 2.6 }
 svg .area { fill: var(--tone); opacity: .78 }
+svg .cells { fill: var(--tone); shape-rendering: crispEdges }
+svg .bound { fill: none; stroke: var(--ink); stroke-width: 1.1; stroke-dasharray: 5 3 }
+svg .halo { stroke: var(--card); stroke-width: 2.1; stroke-dasharray: none }
 .legend {
   list-style: none; display: flex; flex-wrap: wrap; gap: 1px 14px; margin: 3px 0 0; padding: 0; font-size: .8rem;
   color: var(--soft); font-variant-numeric: tabular-nums;
@@ -108,6 +111,9 @@ svg .area { fill: var(--tone); opacity: .78 }
 .key.level { border-top-style: dashed }
 .key.dots { width: 7px; height: 7px; border: 0; border-radius: 50%; background: var(--tone); vertical-align: .04em }
 .key.steps { width: 9px; height: 9px; border: 0; border-radius: 2px; background: var(--tone); vertical-align: -.02em }
+.key.shade, .key.empty { width: 14px; height: 11px; border: 0; vertical-align: -.08em; background: var(--tone) }
+.key.empty { background: none; border: 1px solid var(--edge) }
+.tone-ink { --tone: var(--ink) }
 .tone-tokenizer { --tone: var(--tokenizer) }
 .tone-autoregressive { --tone: var(--autoregressive) }
 .tone-diffusion { --tone: var(--diffusion) }

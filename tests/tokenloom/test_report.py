@@ -31,7 +31,7 @@ def make_run(folder: Path, *, labels: bool = True) -> Path:
     tokenizer = {"kind": "tokenizer", "config": {"model": {"patch_size": 4, "vocab_size": VOCAB}, "image_size": SIZE}}
     write_stage(folder, "tokenizer", tokenizer, curve("loss", "psnr", "usage", "perplexity"))
     write_stage(folder, "autoregressive", {"family": "autoregressive"}, curve("loss"))
-    write_stage(folder, "diffusion", {"family": "diffusion"}, curve("loss", "loss_quarter_1", "loss_quarter_4"))
+    write_stage(folder, "diffusion", {"family": "diffusion"}, [*curriculum(8), *curve("loss")[-2:]])
     for split in ("train", "test"):
         write_codes(folder / "codes" / split, split, rng)
     pairs = torch.from_numpy(rng.integers(0, 256, (8, 3, SIZE, SIZE), dtype=np.uint8))
@@ -63,6 +63,23 @@ def curve(*keys: str) -> list[dict]:
     lines = [{"step": step, **dict.fromkeys(keys, 3.0 / step)} for step in steps]
     lines.append({"step": 40, **{f"validation/{key}": 0.1 for key in (*keys[:-1], "nll", "unigram_entropy")}})
     return [*lines, {"step": 45, "loss": "nan"}]
+
+
+def curriculum(num_clusters: int, *, stages: int = 8, every: int = 5) -> list[dict]:
+    """Lines of a log: each begins a stage, which adds a bin of log SNR and a cluster."""
+    lines = []
+    for stage in range(1, stages + 1):
+        shares = [1 / stage] * stage + [0.0] * (stages - stage)
+        line = {"step": every * stage, "loss": 1 / stage, "samples_per_second": 9.0, "mean_logsnr": float(stage)}
+        line |= {
+            "curriculum/stage": stage,
+            "curriculum/draws": {"edges": list(range(-8, stages - 7)), "shares": shares},
+        }
+        line |= {"curriculum/lowest_logsnr": -18.42, "curriculum/highest_logsnr": stage - 8.0}
+        active = range(max(1, num_clusters + 1 - stage), num_clusters + 1)
+        lines.append(line | {f"loss_cluster_{number:02d}": number / 2**stage for number in active})
+    told = {f"validation/loss_cluster_{number:02d}": float(number) for number in range(1, num_clusters + 1)}
+    return [*lines, {"step": every * stages, "validation/loss": 0.5, **told}]
 
 
 def write_codes(folder: Path, split: str, rng: np.random.Generator) -> None:
@@ -192,6 +209,48 @@ def test_a_probe_is_drawn_beside_its_baselines(full: Page, tmp_path: Path):
     write_json(folder / "eval" / "probe.json", {"curve": [row for row in probe() if "diff" in row["family"]]})
     (chart,) = (each for each in read(write_report(folder)).charts if "chosen" in each)
     assert "untrained" not in chart and "raw pixels" not in chart
+
+
+def diffusion_charts(folder: Path, lines: list[dict]) -> list[str]:
+    """What a screen reader says of the charts of a run that has this log of diffusion alone."""
+    write_stage(folder, "diffusion", {"family": "diffusion"}, lines)
+    return read(write_report(folder)).charts
+
+
+def test_a_curriculum_is_drawn_over_time(full: Page):
+    told = (
+        "Stage of the curriculum. stage 8, log SNR −18.4 to 0.0: from 1 to 8 stage, 8 points",
+        "Noise levels drawn. % of draws: from 12.5 to 100, 8 columns up to step 40; active range, at last log SNR",
+        "Training loss of each cluster. loss / its first: from 0.007812 to 1, 8 columns up to step 40",
+        "Loss on test latents, along the clusters. step 40: from 1 to 8, 8 points",
+    )
+    assert [each for each in told if not any(chart.startswith(each) for chart in full.charts)] == []
+
+
+@pytest.mark.parametrize("num_clusters", [1, 5, 20, 100])
+def test_charts_do_not_grow_with_the_clusters(tmp_path: Path, num_clusters: int):
+    charts = diffusion_charts(tmp_path, curriculum(num_clusters, stages=100))
+    titles = [chart.partition(". ")[0] for chart in charts]
+    wanted = ["Loss", "Stage of the curriculum", "Noise levels drawn", "Training loss of each cluster"]
+    assert titles[:4] == wanted
+    assert titles[4:] == [
+        "Loss on test latents of each cluster" if num_clusters < 7 else "Loss on test latents, along the clusters",
+        "mean logsnr",
+        "samples per second",
+    ]
+    assert (tmp_path / "report.html").stat().st_size < 150_000
+
+
+def test_a_run_without_stages_shows_one(tmp_path: Path):
+    lines = [line | {"curriculum/stage": 1} if "loss" in line else line for line in curriculum(5)]
+    (chart,) = (chart for chart in diffusion_charts(tmp_path, lines) if chart.startswith("Stage"))
+    assert "from 1 to 1 stage, 2 points" in chart
+
+
+def test_a_log_of_earlier_versions_still_makes_a_report(tmp_path: Path):
+    charts = diffusion_charts(tmp_path, curve("loss", "loss_quarter_1", "loss_quarter_4"))
+    assert not any("curriculum" in chart or "cluster" in chart or "Noise" in chart for chart in charts)
+    assert {chart.partition(". ")[0] for chart in charts} >= {"Loss", "loss quarter 1", "loss quarter 4"}
 
 
 def test_samples_that_were_picked_are_told_as_such(full: Page):
