@@ -97,7 +97,7 @@ def score_samples(
         **data_facts(train_set),
         "subject": {
             **{key: told[key] for key in ("generator", "tokenizer", "settings")},
-            **{key: told[key] for key in ("guide", "acceptance", "candidates", "classifier") if key in told},
+            **{key: told[key] for key in ("guide", "outside", "acceptance", "candidates", "classifier") if key in told},
             "seeds": [seeds[0], seeds[-1]],
             "labels": torch.bincount(labels + 1).tolist(),
             "weights": weights,

@@ -99,7 +99,7 @@ def drop_scores(path: Path, unwanted: Callable[[Record], bool]) -> None:
 
 def _models_of(entry: Record) -> set[str]:
     told = entry["protocol"].get("subject", {})
-    return {told[key] for key in ("tokenizer", "generator", "guide") if key in told}
+    return {told[key] for key in ("tokenizer", "generator", "guide", "outside") if key in told}
 
 
 def compare(paths: Sequence[Path]) -> list[dict[str, Any]]:

@@ -190,7 +190,7 @@ def measure_diffusion_step(bench: Bench, config: DiffusionConfig, shards: Shards
 def measure_solving(bench: Bench, config: DiffusionConfig, card: dict[str, Any]) -> None:
     """Sampling with the configured solver: as many of its steps as time allows, counted as that part of an image.
 
-    Another network that guides is left out.
+    Other networks that sample with it are left out.
     """
     name, device = "diffusion sampling", bench.device.device
     bench.begin(name, torch.float32)
@@ -200,7 +200,7 @@ def measure_solving(bench: Bench, config: DiffusionConfig, card: dict[str, Any])
     labels = spread_labels(batch, generator.num_classes)
     sample, total = config.sample, len(config.sample.levels) or config.sample.num_steps
     alone = "" if sample.guide is None else "without its guide"
-    sample = replace(sample, guide=None, guidance=1.0) if alone else sample
+    sample = replace(sample, guide=None, outside=None, guidance=1.0 if alone else sample.guidance)
     evaluated: list[int] = []  # rows of each call of the network
     generator.network.register_forward_pre_hook(lambda _, inputs: evaluated.append(len(inputs[0])))
 

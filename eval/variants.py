@@ -15,7 +15,7 @@ from eval.config import EvalConfig
 from generator.condition import check_guidance
 from generator.config import AutoregressiveConfig, DiffusionConfig
 from generator.sample import open_generator
-from generator.snapshots import load_generator, which_weights
+from generator.snapshots import load_generator, load_outside, which_weights
 
 GeneratorConfig = AutoregressiveConfig | DiffusionConfig
 
@@ -53,18 +53,19 @@ def samplings(config: EvalConfig, families: Mapping[str, GeneratorConfig]) -> li
 
 
 def drawn_from(run: Path, config: GeneratorConfig) -> list[str]:
-    """Fingerprints of the network that samples, with just the weights that the configuration names, and of its guide.
+    """Fingerprints of the network that samples, with just the weights that the configuration names, and of those
+    that it samples with.
 
     Raises:
         ValueError: as `open_generator`.
     """
     generator = open_generator(run, config)
-    guide = getattr(generator, "guide", None)
-    return [generator.fingerprint, *([] if guide is None else [guide.fingerprint])]
+    companions = getattr(generator, "companions", {})
+    return [generator.fingerprint, *(other.fingerprint for other in companions.values())]
 
 
 def names_weights(config: GeneratorConfig) -> bool:
-    """Whether a sample section names a snapshot, an average or a guide."""
+    """Whether a sample section names a snapshot, an average or another network."""
     return any(value is not None for value in which_weights(dataclasses.asdict(config.sample)).values())
 
 
@@ -89,7 +90,7 @@ def check_samplings(config: EvalConfig, families: Mapping[str, GeneratorConfig],
 
 
 def _check_weights(config: DiffusionConfig, stage: Path) -> None:
-    """Raise ValueError if the stage in this folder will have no such snapshot or average, or there is no such guide."""
+    """Raise ValueError if this stage will have no such snapshot or average, or there is no such other network."""
     sample, train, guide = config.sample, config.train, config.sample.guide
     step = re.fullmatch(r"step-(\d+)", guide or "")
     for key, wanted in (("snapshot", sample.snapshot), ("guide", int(step[1]) if step else None)):
@@ -108,6 +109,8 @@ def _check_weights(config: DiffusionConfig, stage: Path) -> None:
             load_generator(guide, "diffusion")
         except ValueError as error:
             raise ValueError(f"diffusion.sample.guide={guide!r}: {error}") from error
+    if sample.outside is not None:
+        load_outside(sample.outside)
 
 
 def _is_kept(train: TrainConfig, step: int) -> bool:

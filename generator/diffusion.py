@@ -24,9 +24,9 @@ from generator.config import (
     ScheduleConfig,
     read_settings,
 )
-from generator.curriculum import final_schedule
+from generator.curriculum import Curriculum, final_schedule
 from generator.denoiser import DiT
-from generator.guidance import guided
+from generator.guidance import LabelDenoise, guided
 from generator.objective import Objective
 from generator.path import noised
 from generator.schedule import Schedule, build_schedule
@@ -40,7 +40,8 @@ class Diffusion(nn.Module):
     """A denoiser with all that sampling needs; `card` is what `train_generator` writes beside the weights.
 
     `guide` is the weaker network of autoguidance, which whoever loads the generator attaches; it acts on samples whose
-    settings name a guide, whatever the name.
+    settings name a guide, whatever the name. `outside` likewise is the network that serves the noise levels outside of
+    the cluster which this one was trained on alone.
     """
 
     family = "diffusion"
@@ -50,6 +51,7 @@ class Diffusion(nn.Module):
         self.network, self.card = network, card
         self.objective = Objective.from_config(card["config"])
         self.guide: Diffusion | None = None
+        self.outside: Diffusion | None = None
         self.label_dropout: float = card["config"]["model"]["label_dropout"]
         self.num_classes: int = card["num_classes"]
         self.class_names = tuple(card["class_names"])
@@ -69,6 +71,23 @@ class Diffusion(nn.Module):
         output = self.network(self.objective.network_input(z, logsnr), logsnr, labels).to(z.dtype)
         return self.objective.to_x0(output, z, logsnr)
 
+    def denoise_within(self, outside: Diffusion) -> LabelDenoise:
+        """`denoise` of this network at the levels that it serves, of the other one at all others.
+
+        All rows of a batch must be at one level.
+        """
+        low, high = served_levels(self.card)
+
+        def denoise(z: Tensor, logsnr: Tensor, labels: Tensor) -> Tensor:
+            return (self if low <= float(logsnr[0]) < high else outside).denoise(z, logsnr, labels)
+
+        return denoise
+
+    @property
+    def companions(self) -> dict[str, Diffusion]:
+        """The other networks that are attached, by the key of the sample section that names each."""
+        return {key: other for key in ("guide", "outside") if (other := getattr(self, key)) is not None}
+
     @torch.inference_mode()
     def sample(self, labels: Tensor | None, seeds: Sequence[int], **settings: Any) -> Tensor:
         """Latents float32 [B, C, h, w], one for each seed; row k depends on seed k and label k alone.
@@ -81,14 +100,14 @@ class Diffusion(nn.Module):
 
         Raises:
             ValueError: a label or a setting out of range, or one that this network was not trained for or lacks the
-                guide for.
+                other network for.
         """
         chosen = read_settings(DiffusionSampleConfig, "diffusion.sample", settings)
         self.check_settings(chosen)
-        guide = self._guide_of(chosen)
+        guide, outside = self._guide_of(chosen), self._outside_of(chosen)
         device = self.network.positions.device
         denoise = guided(
-            self.denoise,
+            self.denoise_within(outside) if outside else self.denoise,
             label_rows(labels, len(seeds), self.num_classes).to(device),  # [B]
             null=self.num_classes,
             scale=chosen.guidance,
@@ -140,18 +159,25 @@ class Diffusion(nn.Module):
         named = f"diffusion.sample.guide={settings.guide!r}"
         if self.guide is None:
             raise ValueError(f"{named} is not attached to this generator: load it with load_generator(..., guide=...)")
-        for key in ("tokenizer_fingerprint", "latent_shape", "class_names"):
-            own, other = self.card[key], self.guide.card[key]
-            if list(own) != list(other):
-                raise ValueError(
-                    f"{named} has {key}={other}, this generator {own}: choose a guide of the same tokenizer and classes"
-                )
+        _check_alike(self.card, self.guide.card, named, "guide")
         if settings.from_zero_snr and settings.guidance_first is None and not self.guide._speaks_without_signal:
             raise ValueError(
                 f"{named} has a target that says nothing of the image without any signal, where"
                 " diffusion.sample.from_zero_snr starts: choose another guide, or set guidance_first"
             )
         return self.guide
+
+    def _outside_of(self, settings: DiffusionSampleConfig) -> Diffusion | None:
+        """The attached outside network if the settings want one; raise ValueError if it is missing or does not fit."""
+        if settings.outside is None:
+            return None
+        if self.outside is None:
+            raise ValueError(
+                f"diffusion.sample.outside={settings.outside!r} is not attached to this generator: load it with"
+                " load_generator(..., outside=...)"
+            )
+        check_outside(self.card, self.outside, settings)
+        return self.outside
 
     @torch.inference_mode()
     def features(self, latents: Tensor, tap: str) -> Tensor:
@@ -182,6 +208,41 @@ class Diffusion(nn.Module):
             raise ValueError(f"tap={tap!r} is unknown: use {known}") from error
 
 
+def check_outside(card: dict[str, Any], outside: Diffusion, settings: DiffusionSampleConfig) -> None:
+    """Raise ValueError unless `outside` can serve the noise levels outside of the cluster that this card's model knows.
+
+    `settings` name it and say how the two sample.
+    """
+    named, curriculum = f"diffusion.sample.outside={settings.outside!r}", trained_curriculum(card)
+    if curriculum.kind != "single":
+        raise ValueError(
+            f"{named} has no effect with curriculum.kind={curriculum.kind}: this generator serves all noise levels"
+            " itself; set outside=null"
+        )
+    _check_alike(card, outside.card, named, "model")
+    if settings.guide is None and settings.guidance != 1 and not (outside.num_classes and outside.label_dropout):
+        raise ValueError(
+            f"{named} learned no null label for diffusion.sample.guidance={settings.guidance} to compare with: use"
+            " guidance=1, or a model with label_dropout above 0"
+        )
+    noisiest = curriculum.cluster == curriculum.num_clusters
+    if settings.from_zero_snr and not noisiest and not outside._speaks_without_signal:
+        raise ValueError(
+            f"{named} has a target that says nothing of the image without any signal, where"
+            " diffusion.sample.from_zero_snr starts: choose another model, or leave from_zero_snr out"
+        )
+
+
+def _check_alike(card: dict[str, Any], other: dict[str, Any], named: str, role: str) -> None:
+    """Raise ValueError unless two cards name the same tokenizer, latents and classes."""
+    for key in ("tokenizer_fingerprint", "latent_shape", "class_names"):
+        if list(card[key]) != list(other[key]):
+            raise ValueError(
+                f"{named} has {key}={other[key]}, this generator {card[key]}: choose a {role} of the same tokenizer and"
+                " classes"
+            )
+
+
 def build_denoiser(model: DenoiserModelConfig, card: dict[str, Any]) -> DiT:
     """The network for the latent shape and number of classes that a card names."""
     depth, width, heads = model.shape
@@ -204,5 +265,19 @@ def trained_schedule(card: dict[str, Any]) -> Schedule:
     told = dict(card["config"].get("schedule", {}))
     if told.get("mixed"):
         told["mixed"] = MixedScheduleConfig(**told["mixed"])
-    curriculum = CurriculumConfig(**card["config"].get("curriculum", {}))
-    return final_schedule(curriculum, build_schedule(ScheduleConfig(**told)))
+    return final_schedule(trained_curriculum(card), build_schedule(ScheduleConfig(**told)))
+
+
+def served_levels(card: dict[str, Any]) -> tuple[float, float]:
+    """low <= log SNR < high of the one cluster that the model of a card was trained on.
+
+    The noisiest cluster serves all noisier levels too, the least noisy one all less noisy ones.
+    """
+    config = trained_curriculum(card)
+    low, high = Curriculum(config, trained_schedule(card), steps=1).active_levels(0)
+    return -math.inf if config.cluster == config.num_clusters else low, math.inf if config.cluster == 1 else high
+
+
+def trained_curriculum(card: dict[str, Any]) -> CurriculumConfig:
+    """The curriculum that a card names."""
+    return CurriculumConfig(**card["config"].get("curriculum", {}))

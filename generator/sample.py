@@ -38,7 +38,7 @@ SEEDS_PER_RUN = 1_000_000  # sample k of seed s draws from s * SEEDS_PER_RUN + k
 
 
 def open_generator(path: str | Path, config: AutoregressiveConfig | DiffusionConfig) -> Autoregressive | Diffusion:
-    """The generator that a configuration samples from: of its family, with the snapshot, average and guide it names.
+    """The generator that a configuration samples from: of its family, with the weights and the other networks it names.
 
     Raises:
         ValueError: as `load_generator`.
@@ -185,12 +185,12 @@ def sample_request(
     labels = turns if label is None else [label] * num
     null_unknown(torch.tensor(labels), generator.num_classes)
     rows = range(candidates or num)
-    guide = getattr(generator, "guide", None)
+    companions = getattr(generator, "companions", {})
     return {
         "family": generator.family,
         "generator": generator.fingerprint,
         "tokenizer": tokenizer.fingerprint,
-        **({} if guide is None else {"guide": guide.fingerprint}),
+        **{key: other.fingerprint for key, other in companions.items()},
         "settings": deciding(to_dict(config.sample)),
         "class_names": list(generator.class_names),
         "labels": [labels[row % num] for row in rows],

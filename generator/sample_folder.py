@@ -34,7 +34,7 @@ def begins_with(told: Told | None, request: Told) -> bool:
     if told is None or "acceptance" in told or told["family"] != request["family"]:
         return False
     rows = all(told[key][: len(request[key])] == request[key] for key in ("labels", "seeds"))
-    models = all(told.get(key) == request.get(key) for key in ("generator", "tokenizer", "guide"))
+    models = all(told.get(key) == request.get(key) for key in ("generator", "tokenizer", "guide", "outside"))
     return rows and models and full_settings(told) == full_settings(request)
 
 

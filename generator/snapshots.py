@@ -1,5 +1,5 @@
 """A trained generator with the weights that are wanted: the model's, a snapshot's or an average of another width; and
-the network that guides it."""
+the networks that sample with it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from torch import Tensor
 from engine.checkpoint import load_model, model_fingerprint
 from engine.snapshots import averaged_at, read_snapshot
 from generator.autoregressive import Autoregressive
-from generator.diffusion import Diffusion
+from generator.diffusion import Diffusion, trained_curriculum
 from generator.order import fold_order
 
-CHOICES = ("snapshot", "ema_width", "guide")  # keys of a sample section that choose networks: settled by loading them
+# Keys of a sample section that choose networks: settled by loading them.
+CHOICES = ("snapshot", "ema_width", "guide", "outside")
 
 
 def load_generator(
@@ -28,6 +29,7 @@ def load_generator(
     snapshot: int | None = None,
     ema_width: float | None = None,
     guide: str | None = None,
+    outside: str | None = None,
 ) -> Autoregressive | Diffusion:
     """A trained generator from a run folder or a family's folder: eval mode, float32, on the CPU.
 
@@ -38,10 +40,14 @@ def load_generator(
         ema_width: sigma_rel of an average that is reconstructed from the snapshots up to that step.
         guide: folder of a diffusion model, or `step-<k>`, a snapshot of this one: comes as `.guide` of the generator,
             which refuses it at sampling if it knows other latents or classes.
+        outside: folder of a diffusion model, which serves the noise levels outside of the cluster that this one was
+            trained on: comes as `.outside`, refused at sampling likewise, with its trained weights whatever `snapshot`
+            and `ema_width` are taken here.
 
     Raises:
         ValueError: there is no finished generator of this family or no such snapshot, files were cut or altered, the
-            snapshots hold no averages for another width, or the guide is no other diffusion model.
+            snapshots hold no averages for another width, the guide is no other diffusion model, or outside is none
+            that knows all noise levels.
     """
     folder = Path(path)
     folder = folder / family if (folder / family).is_dir() else folder
@@ -51,10 +57,31 @@ def load_generator(
     if family == "diffusion":
         generator = Diffusion.from_card(card, weights)
         generator.guide = None if guide is None else _load_guide(guide, folder, generator)
+        generator.outside = None if outside is None else load_outside(outside)
         return generator
-    if guide is not None:
-        raise ValueError(f"guide={guide!r} is of a diffusion model, but family={family!r}")
+    for key, named in (("guide", guide), ("outside", outside)):
+        if named is not None:
+            raise ValueError(f"{key}={named!r} is of a diffusion model, but family={family!r}")
     return Autoregressive.from_card(card, weights)
+
+
+def load_outside(outside: str) -> Diffusion:
+    """The network in this folder that is to serve the noise levels which another one was not trained on.
+
+    Raises:
+        ValueError: there is no finished diffusion model, or it was itself trained on one cluster of levels.
+    """
+    try:
+        found = load_generator(outside, "diffusion")
+    except ValueError as error:
+        raise ValueError(f"diffusion.sample.outside={outside!r}: {error}") from error
+    assert isinstance(found, Diffusion)
+    if trained_curriculum(found.card).kind == "single":
+        raise ValueError(
+            f"diffusion.sample.outside={outside!r} was itself trained on one cluster of noise levels alone: name a"
+            " model that was trained on all of them"
+        )
+    return found
 
 
 def which_weights(settings: Mapping[str, Any]) -> dict[str, Any]:

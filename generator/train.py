@@ -20,8 +20,10 @@ from engine.task import Task
 from generator.autoregressive_task import AutoregressiveTask
 from generator.card import family_of, generator_card
 from generator.config import AutoregressiveConfig, DiffusionConfig
+from generator.diffusion import check_outside
 from generator.diffusion_task import DiffusionTask
 from generator.order import fold_order
+from generator.snapshots import load_outside
 from tokenizer.encode import check_size, open_codes
 from tokenizer.model import Tokenizer, load_tokenizer
 
@@ -40,7 +42,8 @@ def train_generator(
     disk only the test split is needed.
 
     Raises:
-        ValueError: the tokenizer or the codes are missing or do not belong together, or the folder was begun otherwise.
+        ValueError: the tokenizer or the codes are missing or do not belong together, the folder was begun otherwise, or
+            the model that sample.outside names cannot serve beside this one.
     """
     if family != family_of(config):
         raise ValueError(f"family={family!r} does not fit the section {type(config).__name__}")
@@ -53,6 +56,8 @@ def train_generator(
     if is_finished(folder, identity, defaults):
         return folder
     card = generator_card(config, source, tokenizer)
+    if isinstance(config, DiffusionConfig) and config.sample.outside is not None:
+        check_outside(card, load_outside(config.sample.outside), config.sample)
     torch.manual_seed(mix(run.seed, 4))
     weights = fit(
         build_task(config, source, card, test_shards=test_shards, tokenizer=tokenizer),

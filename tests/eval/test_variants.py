@@ -1,16 +1,22 @@
 """Variants of sampling: what each changes, and that a mistake in one is named before anything is drawn."""
 
+import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from engine.checkpoint import load_model, save_model
 from engine.config import TrainConfig
 from engine.snapshots import write_snapshot
 from eval.config import EvalConfig
-from eval.variants import check_samplings, samplings, snapshot_samplings
-from generator.config import AutoregressiveConfig, DiffusionConfig, DiffusionSampleConfig
+from eval.variants import check_samplings, drawn_from, samplings, snapshot_samplings
+from generator.config import AutoregressiveConfig, CurriculumConfig, DiffusionConfig, DiffusionSampleConfig
+
+sys.path.insert(0, str(Path(__file__).parent))
+import untrained
 
 FAMILIES = {
     "autoregressive": AutoregressiveConfig(),
@@ -103,3 +109,52 @@ def test_snapshots_that_nobody_takes_are_not_scored(tmp_path: Path) -> None:
     for families in (FAMILIES, {"autoregressive": FAMILIES["autoregressive"]}):
         with pytest.raises(ValueError, match=r"eval\.snapshots=true, but .* set diffusion\.train\.snapshot_every"):
             check_samplings(EvalConfig(snapshots=True), families, classes=10, run=tmp_path)
+
+
+SINGLE = CurriculumConfig(kind="single", num_clusters=4, cluster=2)
+
+
+def inside(outside: Path) -> DiffusionConfig:
+    """A model of one cluster of noise levels, which samples inside the one in this folder."""
+    sample = dataclasses.replace(untrained.FAMILIES["diffusion"].sample, num_steps=4, outside=str(outside))
+    return dataclasses.replace(untrained.FAMILIES["diffusion"], curriculum=SINGLE, sample=sample)
+
+
+def test_a_missing_model_for_the_other_noise_levels_is_named_before_training(tmp_path: Path) -> None:
+    for folder, message in (("nowhere", "is missing"), ("copy", "was itself trained on one cluster")):
+        if folder == "copy":
+            run = untrained.make_run(tmp_path / "copy")
+            card, weights = load_model(run.folder / "diffusion")
+            curriculum = dataclasses.asdict(SINGLE)
+            save_model(
+                run.folder / "diffusion", weights, {**card, "config": {**card["config"], "curriculum": curriculum}}
+            )
+            folder = str(run.folder)
+        families = {"diffusion": inside(Path(folder))}
+        with pytest.raises(ValueError, match=rf"samples of diffusion: diffusion\.sample\.outside=.*{message}"):
+            check_samplings(EvalConfig(), families, classes=10, run=tmp_path)
+
+
+def test_snapshots_of_one_cluster_are_scored_inside_the_same_trained_model(tmp_path: Path) -> None:
+    run = untrained.make_run(tmp_path)
+    card, weights = load_model(run.folder / "diffusion")
+    full, folder = tmp_path / "full", run.folder / "diffusion"
+    around = save_model(full, {name: 2 * value for name, value in weights.items()}, card)
+    curriculum = dataclasses.asdict(SINGLE)
+    save_model(folder, weights, {**card, "config": {**card["config"], "curriculum": curriculum}})
+    for step in (10, 20):
+        model = {name: step / 30 * value for name, value in weights.items()}
+        write_snapshot(folder / "snapshots", step, updates=step, model=model, widths={})
+    config, family = dataclasses.replace(untrained.EVAL, features=("random",), snapshots=True), inside(full)
+    check_samplings(config, {"diffusion": family}, classes=10, run=run.folder)
+    found = untrained.scores(run, "fid", config, diffusion=family, autoregressive=None)
+    told = {
+        subject: entry["protocol"]["subject"]
+        for (subject, name), entry in found.items()
+        if name == "fd_random" and subject != "real"
+    }
+    assert {subject: each["outside"] for subject, each in told.items()} == dict.fromkeys(
+        ("diffusion", "diffusion@step10", "diffusion@step20"), around
+    )
+    assert len({each["generator"] for each in told.values()}) == 3
+    assert drawn_from(run.folder, family) == [told["diffusion"]["generator"], around]
