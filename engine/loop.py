@@ -180,15 +180,11 @@ class _Trainer:
 
     def _reduced(self, totals: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, list[float]]]:
         """Means over all processes, in one message: of the scalars, and of the vectors entry by entry."""
-        flat = self.device.mean(torch.cat([total.reshape(-1) for total in totals.values()])).tolist()
-        figures, vectors = dict[str, float](), dict[str, list[float]]()
-        for key, total in totals.items():
-            part, flat = flat[: total.numel()], flat[total.numel() :]
-            if total.ndim:
-                vectors[key] = part
-            else:
-                figures[key] = part[0]
-        return figures, vectors
+        flat = self.device.mean(torch.cat([total.reshape(-1) for total in totals.values()])).cpu()
+        parts = zip(totals.items(), flat.split([total.numel() for total in totals.values()]), strict=True)
+        means = {key: part.reshape(total.shape).tolist() for (key, total), part in parts}
+        figures = {key: mean for key, mean in means.items() if isinstance(mean, float)}
+        return figures, {key: mean for key, mean in means.items() if key not in figures}
 
     def _clipped_norms(self) -> dict[str, float]:
         """Clips each network's gradient, but not an auxiliary one's; its norm before that."""
@@ -211,7 +207,8 @@ class _Trainer:
 
     def _report(self, metrics: log.Metrics | None, bar: log.Progress) -> None:
         figures = self._figures() if self._due(self.train.log_every) else {}
-        bar.update(1, **{key: value for key, value in figures.items() if key == "loss" and isinstance(value, float)})
+        loss = figures.get("loss")
+        bar.update(1, **({"loss": loss} if isinstance(loss, float) else {}))
         if figures:
             if metrics is not None:
                 metrics.write(self.step, figures)

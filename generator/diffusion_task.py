@@ -68,25 +68,25 @@ class DiffusionTask(Task):
         u, eps = rng.uniform(), rng.normal(*latents.shape[1:])  # [B], [B, C, h, w]
         dropped = rng.uniform() < self.config.model.label_dropout  # [B]
         logsnr = self.curriculum.draw(u, rng.step)  # [B]
+        cluster = self.curriculum.cluster_of(logsnr)  # before the network: the edges' way to a GPU would wait for it
         errors = self.errors(latents, labels.masked_fill(dropped, -1), logsnr, eps)
         losses = self.losses(errors, logsnr)
         figures = {"loss": losses.mean(), "error": errors.detach().mean(), "mean_logsnr": logsnr.mean()}
-        return {**figures, **self._vectors(losses.detach(), logsnr)}
+        return {**figures, "draws_by_logsnr": draws_by_logsnr(logsnr), **self._by_cluster(losses.detach(), cluster)}
 
-    def _vectors(self, losses: Tensor, logsnr: Tensor) -> dict[str, Tensor]:
-        """Of losses at log SNRs [B]: draws by log SNR, draws by cluster and losses by cluster, each over B."""
-        cluster, num = self.curriculum.cluster_of(logsnr) - 1, self.curriculum.config.num_clusters
-        bins = (logsnr.floor().long() - LOGSNR_EDGES[0]).clamp(0, len(LOGSNR_EDGES) - 2)
-        ones = torch.full_like(losses, 1 / len(losses))
-        zeros = losses.new_zeros(num)
+    def _by_cluster(self, losses: Tensor, cluster: Tensor) -> dict[str, Tensor]:
+        """Shares of the draws [N] and sums of losses over B [N], of losses [B] in clusters [B] from 1."""
+        zeros, index = losses.new_zeros(self.curriculum.config.num_clusters), cluster - 1
         return {
-            "draws_by_logsnr": losses.new_zeros(len(LOGSNR_EDGES) - 1).index_add(0, bins, ones),
-            "draws_by_cluster": zeros.index_add(0, cluster, ones),
-            "loss_by_cluster": zeros.index_add(0, cluster, losses / len(losses)),
+            "draws_by_cluster": zeros.index_add(0, index, torch.full_like(losses, 1 / len(losses))),
+            "loss_by_cluster": zeros.index_add(0, index, losses / len(losses)),
         }
 
     def told(self, step: int, sums: dict[str, list[float]]) -> dict[str, float | Histogram]:
-        """Where the curriculum stands, a histogram of the log SNRs, and the mean loss of each cluster drawn from."""
+        """Where the curriculum stands, a histogram of the log SNRs, and the mean loss of each cluster drawn from.
+
+        Stage and levels are those that the next step draws from; the others tell of the steps since the last line.
+        """
         low, high = self.curriculum.active_levels(step)
         total = sum(sums["draws_by_logsnr"])
         return {
@@ -99,16 +99,21 @@ class DiffusionTask(Task):
 
     def after_step(self, step: int, metrics: dict[str, float], rng: StepRandom) -> None:
         """Every process sees the same loss, so that all begin a stage with the same step."""
+        if step + 1 == self.config.train.steps:
+            self._warn_if_unfinished(step)  # of the stage that this step drew from, not of one that begins after it
         self.curriculum.after_step(metrics["loss"])
-        if step + 1 == self.config.train.steps and self.curriculum.stage < self.curriculum.num_stages:
-            self._warn_of_unfinished(step)
 
-    def _warn_of_unfinished(self, step: int) -> None:
+    def _warn_if_unfinished(self, step: int) -> None:
+        stage, stages = self.curriculum.stage, self.curriculum.num_stages
+        if stage == stages:
+            return
         low, high = self.curriculum.active_levels(step)
+        untrained = f"log SNRs above {high:.1f} (clusters 1 .. {stages - stage})"
+        if self.config.curriculum.kind == "anti":
+            untrained = f"log SNRs below {low:.1f} (clusters {stage + 1} .. {stages})"
         warnings.warn(
-            f"the training ended in stage {self.curriculum.stage} of {self.curriculum.num_stages} of its curriculum:"
-            f" log SNRs below {low:.1f} or above {high:.1f} were never trained. Train longer, or lower"
-            " diffusion.curriculum.patience, num_clusters or stage_steps",
+            f"the training ended in stage {stage} of {stages} of its curriculum and never saw {untrained}. Train"
+            " longer, or lower diffusion.curriculum.patience, num_clusters or stage_steps",
             stacklevel=2,
         )
 
@@ -146,14 +151,15 @@ class DiffusionTask(Task):
             errors, logsnr = self.errors(*arguments), arguments[2]
             measured.append((self.losses(errors, logsnr), errors, logsnr))
         losses, errors, logsnr = (torch.cat(column) for column in zip(*measured, strict=True))
-        vectors = {key: vector.tolist() for key, vector in self._vectors(losses, logsnr).items()}
-        by_cluster = mean_losses(vectors["loss_by_cluster"], vectors["draws_by_cluster"])
+        sums = self._by_cluster(losses, self.curriculum.cluster_of(logsnr))
+        by_cluster = mean_losses(sums["loss_by_cluster"].tolist(), sums["draws_by_cluster"].tolist())
         return {"loss": float(losses.mean()), "error": float(errors.mean()), **by_cluster}
 
     def preview(self) -> dict[str, Tensor]:
-        """Decoded samples, sorted by class, from the same seeds every time; a guide would be another run's network."""
+        """Decoded samples, sorted by class, from the same seeds every time; of this network alone, without others."""
         labels, sample = spread_labels(PREVIEW_IMAGES, self.generator.num_classes), self.config.sample
-        settings = sample if sample.guide is None else dataclasses.replace(sample, guide=None, guidance=1.0)
+        guidance = sample.guidance if sample.guide is None else 1.0
+        settings = dataclasses.replace(sample, guide=None, outside=None, guidance=guidance)
         latents = self.generator.sample(labels, range(PREVIEW_IMAGES), **dataclasses.asdict(settings))
         return {"samples": self.tokenizer.to(latents.device).from_latents(latents).cpu()}
 
@@ -191,6 +197,13 @@ class Uncertainty(nn.Module):
         angles = logsnr[:, None] * self.frequencies  # [B, F]
         waves = torch.cat([angles.cos(), angles.sin()], dim=1)  # [B, 2 F]
         return (waves * self.weight).sum(1) + self.bias  # [B]
+
+
+def draws_by_logsnr(logsnr: Tensor) -> Tensor:
+    """Shares of the log SNRs [B] between each two of LOGSNR_EDGES."""
+    bins = (logsnr.floor().long() - LOGSNR_EDGES[0]).clamp(0, len(LOGSNR_EDGES) - 2)  # [B]
+    shares = torch.full_like(logsnr, 1 / len(logsnr))
+    return logsnr.new_zeros(len(LOGSNR_EDGES) - 1).index_add(0, bins, shares)
 
 
 def mean_losses(sums: list[float], draws: list[float]) -> dict[str, float]:

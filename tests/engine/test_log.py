@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from engine import log
-from engine.log import Metrics, clock, progress, read_metrics, save_grid
+from engine.log import Histogram, Metrics, clock, progress, read_metrics, save_grid
 
 
 def test_resuming_forgets_what_lies_beyond_the_checkpoint(tmp_path: Path) -> None:
@@ -25,14 +25,23 @@ def test_numbers_that_json_lacks_stay_readable(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == [{"step": 1, "loss": "nan"}]
 
 
+def test_a_histogram_is_a_record_of_edges_and_shares(tmp_path: Path) -> None:
+    Metrics(tmp_path).write(1, {"draws": Histogram((-1, 0, 1), (1 / 3, 2 / 3))})
+    assert read_metrics(tmp_path) == [{"step": 1, "draws": {"edges": [-1, 0, 1], "shares": [0.333333, 0.666667]}}]
+
+
 def test_tensorboard_gets_the_same_figures(tmp_path: Path) -> None:
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     metrics = Metrics(tmp_path, tensorboard=True)
-    metrics.write(3, {"loss": 0.25})
+    metrics.write(3, {"loss": 0.25, "draws": Histogram((-1, 0, 1, 2), (0.5, 0.0, 0.5))})
     metrics.close()
     events = reader.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 0.25)]
+    (event,) = events.Histograms("draws")
+    drawn = event.histogram_value
+    assert (event.step, drawn.min, drawn.max, drawn.num, drawn.sum, drawn.sum_squares) == (3, -1, 2, 1, 0.5, 1.25)
+    assert (drawn.bucket_limit, drawn.bucket) == ([0, 1, 2], [0.5, 0, 0.5])
 
 
 def test_plain_lines_tell_rate_and_time_left(

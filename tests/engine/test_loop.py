@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.checkpoint import checkpoints, load_checkpoint
+from engine.batches import Batches
+from engine.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from engine.config import TrainConfig
 from engine.log import read_metrics
 from engine.loop import _Trainer
@@ -18,7 +20,7 @@ from engine.snapshots import averaged_at, read_snapshot, snapshots
 from engine.task import Task
 
 sys.path.insert(0, str(Path(__file__).parent))
-from toy import Denoise, flat, train_toy
+from toy import Denoise, Noise, flat, train_toy
 
 TOY = [sys.executable, str(Path(__file__).parent / "toy.py")]
 
@@ -121,6 +123,41 @@ def test_accumulation_equals_the_whole_batch(tmp_path: Path) -> None:
     train_toy(tmp_path / "whole")
     train_toy(tmp_path / "parts", accumulate=4)
     assert torch.allclose(flat(tmp_path / "whole"), flat(tmp_path / "parts"), atol=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_vectors_are_told_of_as_means_over_all_steps_since_the_last_line(tmp_path: Path, accumulate: int) -> None:
+    """The share of positive numbers in the batches of those steps, whole or in parts."""
+    train_toy(tmp_path, steps=10, accumulate=accumulate)
+    lines = [record for record in logged(tmp_path) if "loss" in record]
+    batches = Batches(Noise(), batch_size=16, seed=0)
+    positive = [(batches.batch(step)["rows"] > 0).double().mean().item() for step in range(10)]
+    for line, steps in zip(lines, ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9]), strict=True):
+        share = sum(positive[step] for step in steps) / len(steps)
+        assert (line["step"], line["before"]) == (steps[-1] + 1,) * 2
+        assert line["steps"] == pytest.approx(len(steps))
+        assert line["signs"]["edges"] == [-9, 0, 9]
+        assert line["signs"]["shares"] == pytest.approx([1 - share, share], abs=2e-6)
+
+
+def test_a_skipped_step_does_not_count_in_vectors(tmp_path: Path) -> None:
+    train_toy(tmp_path, steps=12, bad_steps=range(3, 5))
+    told = [record["steps"] for record in read_metrics(tmp_path) if "loss" in record]
+    assert told == pytest.approx([3, 3, 4])
+
+
+def test_a_checkpoint_of_before_vectors_resumes_and_tells_of_the_steps_since(tmp_path: Path) -> None:
+    expected, _ = train_toy(tmp_path, steps=12)
+    folder = tmp_path / "checkpoints"
+    shutil.rmtree(checkpoints(folder)[-1])
+    saved = load_checkpoint(folder)
+    assert saved is not None
+    weights, averaged, state = saved
+    del state["progress"]["vector_sums"]
+    save_checkpoint(folder, state.pop("step"), weights=weights, averaged=averaged, state=state)
+    assert train_toy(tmp_path, steps=12)[0] == expected
+    told = [(record["step"], record["steps"]) for record in read_metrics(tmp_path) if "loss" in record]
+    assert told == [(4, pytest.approx(4)), (8, pytest.approx(1)), (12, pytest.approx(4))]
 
 
 def test_a_bad_step_changes_nothing_and_is_counted(tmp_path: Path) -> None:
@@ -226,6 +263,10 @@ def test_several_processes_train_to_the_weights_of_one(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
         assert torch.allclose(flat(tmp_path / "one"), flat(tmp_path / parallel), atol=1e-6)
+        for mine, theirs in zip(logged(tmp_path / "one"), logged(tmp_path / parallel), strict=True):
+            assert mine.keys() == theirs.keys()
+            if "signs" in mine:
+                assert theirs["signs"]["shares"] == pytest.approx(mine["signs"]["shares"], abs=2e-6)
         for step, width in ((20, 0.05), (40, 0.1)):
             one, several = (averaged_at(tmp_path / name, step, width) for name in ("one", parallel))
             assert all(torch.allclose(one[name], several[name], atol=1e-6) for name in one)

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from engine.batches import Batches, StepRandom
 from engine.config import RunConfig, TrainConfig
 from engine.device import setup
-from engine.loop import Task, fit
+from engine.log import Histogram
+from engine.loop import fit
 from engine.optim import adamw
+from engine.task import Task
 
 
 class Noise:
@@ -55,7 +57,17 @@ class Denoise(Task):
         second = self.modules["second"](rows)
         loss = (first - rows).square().mean() + (second - first.detach()).square().mean()
         self.seen += 1
-        return {"loss": loss * (torch.nan if self.seen - 1 in self.bad_steps else 1.0), "size": rows.square().mean()}
+        return {
+            "loss": loss * (torch.nan if self.seen - 1 in self.bad_steps else 1.0),
+            "size": rows.square().mean(),
+            "signs": torch.stack([(rows <= 0).float().mean(), (rows > 0).float().mean()]),
+        }
+
+    def told(self, step: int, sums: dict[str, list[float]]) -> dict[str, float | Histogram]:
+        """The shares add up to 1 in each step, so that their sum counts the steps."""
+        steps = sum(sums["signs"])
+        shares = Histogram((-9, 0, 9), [each / steps for each in sums["signs"]])
+        return {"steps": steps, "before": step, "signs": shares}
 
     def after_step(self, step: int, metrics: dict[str, float], rng: StepRandom) -> None:
         self.good += 1

@@ -309,13 +309,13 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_cut(trained: DiffusionTask, 
     halves = [trained.step(half, StepRandom(1, 9, 16, part=part, parts=2)) for part, half in enumerate(cut)]
     for key, value in whole.items():
         torch.testing.assert_close((halves[0][key] + halves[1][key]) / 2, value)
-    quarters = torch.stack([whole[f"loss_quarter_{q}"] for q in (1, 2, 3, 4)])
-    torch.testing.assert_close(quarters.mean(), whole["loss"])
+    torch.testing.assert_close(whole["loss_by_cluster"].sum(), whole["loss"])
 
 
-def test_quarters_run_from_little_noise_to_much(shards: Shards) -> None:
+def test_clusters_run_from_little_noise_to_much(shards: Shards) -> None:
     """A new network predicts 0, so its eps loss is 1 everywhere, and its v loss is alpha^2 + sigma^2 E[x^2]."""
-    task = make_task(shards)
+    quarters = CurriculumConfig(num_clusters=4)
+    task = make_task(shards, DiffusionConfig(model=MODEL, curriculum=quarters))
     figures = figures_of(task)
     assert figures == figures_of(task)
     mean_square = float(shards.load(np.arange(203))["latents"].square().mean())
@@ -324,7 +324,7 @@ def test_quarters_run_from_little_noise_to_much(shards: Shards) -> None:
         time = times[(quarter - 1) * 1000 : quarter * 1000]
         alpha2 = torch.cos(time * torch.pi / 2).square()
         expected = float((alpha2 + (1 - alpha2) * mean_square).mean())
-        assert figures[f"loss_quarter_{quarter}"] == pytest.approx(expected, rel=0.1)
+        assert figures[f"loss_cluster_{quarter:02d}"] == pytest.approx(expected, rel=0.1)
     eps = DiffusionConfig(model=MODEL, target="eps")
     assert figures_of(make_task(shards, eps))["loss"] == pytest.approx(1, abs=0.05)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.batches import StepRandom
-from engine.checkpoint import load_model
+from engine.checkpoint import load_checkpoint, load_model, save_checkpoint
 from engine.config import DataConfig, RunConfig, TrainConfig
 from engine.device import Device
 from engine.optim import adamw
@@ -28,7 +28,7 @@ from generator.config import (
     MixedScheduleConfig,
     ScheduleConfig,
 )
-from generator.diffusion_task import DiffusionTask, Uncertainty
+from generator.diffusion_task import LOGSNR_EDGES, DiffusionTask, Uncertainty
 from generator.objective import Objective
 from generator.path import noised
 from generator.sample import load_generator
@@ -96,15 +96,20 @@ def test_the_loss_is_the_weighted_error_of_the_draws_of_the_schedule(run: RunCon
     rng, latents = StepRandom(0, step, 8), batch["latents"].float()
     u, eps = rng.uniform(), rng.normal(*latents.shape[1:])
     shift = PROGRESSIVE.end if "curriculum" in settings else 0.0
-    logsnr = build_schedule(task.config.schedule)(u) + shift
+    schedule = build_schedule(task.config.schedule)
+    logsnr = schedule(u) + shift
     keys = ("path", "target", "weight", "sigma_data")
     objective = Objective(**{key: settings[key] for key in keys if key in settings})
     errors = objective.target_of(latents, eps, logsnr).square().mean((1, 2, 3))
     torch.testing.assert_close(figures["error"], errors.mean())
     torch.testing.assert_close(figures["mean_logsnr"], logsnr.mean())
     torch.testing.assert_close(figures["loss"], (objective.weight(logsnr) * errors).mean())
-    quarters = torch.stack([figures[f"loss_quarter_{q}"] for q in (1, 2, 3, 4)])
-    torch.testing.assert_close(quarters.mean(), figures["loss"].detach())
+    weighted = objective.weight(logsnr) * errors
+    inside = (20 * (1 - schedule.cdf(logsnr))).long() == torch.arange(20)[:, None]  # [N, B]
+    torch.testing.assert_close(figures["draws_by_cluster"], inside.float().mean(1))
+    torch.testing.assert_close(figures["loss_by_cluster"], (inside * weighted).mean(1))
+    shares, _ = np.histogram(logsnr.numpy(), bins=LOGSNR_EDGES)
+    torch.testing.assert_close(figures["draws_by_logsnr"], torch.from_numpy(shares / 8).float())
     seen, asked, _ = network.calls[0]
     torch.testing.assert_close(asked, logsnr)
     torch.testing.assert_close(seen, objective.network_input(noised(latents, eps, logsnr), logsnr))
@@ -219,7 +224,7 @@ def test_an_interrupted_training_equals_an_uninterrupted_one(
 def test_a_run_of_before_the_newer_keys_is_finished_and_resumes(
     run: RunConfig, device: Device, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its identity and card lack curriculum, weight_gamma, sigma_data and parts of schedule."""
+    """Its identity and card lack curriculum, weight_gamma, sigma_data and parts of schedule, its checkpoint vectors."""
     folder = train_generator(run=run, data=DATA, config=CONFIG, family="diffusion", device=device)
     before = load_generator(folder, "diffusion").sample(torch.tensor([0, 1]), [0, 1], num_steps=2)
 
@@ -236,6 +241,12 @@ def test_a_run_of_before_the_newer_keys_is_finished_and_resumes(
     identity = json.loads((folder / "identity.json").read_text())
     strip(identity["diffusion"])
     (folder / "identity.json").write_text(json.dumps(identity))
+    saved = load_checkpoint(folder / "checkpoints")
+    assert saved is not None
+    weights, averaged, state = saved
+    state["task"] = {}
+    del state["progress"]["vector_sums"]
+    save_checkpoint(folder / "checkpoints", state.pop("step"), weights=weights, averaged=averaged, state=state)
 
     written = (folder / "model.safetensors").stat().st_mtime_ns
     settings: dict[str, Any] = {"run": run, "data": DATA, "family": "diffusion", "device": device}

@@ -19,6 +19,8 @@ def start(root: Path) -> subprocess.Popen[bytes]:
     words = ["run", "--config", SMOKE, f"--run.root={root}", "--run.device=cpu", "--eval.features=[random]"]
     words += [f"--{stage}.train.{key}" for stage in STAGES for key in ("steps=400", "checkpoint_every=20")]
     words += ["--run.threads=1", "--eval.probe.families=[pixels]"]
+    staged = ("kind=easy_to_hard", "num_clusters=6", "patience=30", "smoothing=0.9")  # moved by the losses
+    words += [f"--diffusion.curriculum.{key}" for key in staged]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     silent = subprocess.DEVNULL
     return subprocess.Popen([sys.executable, "-m", "tokenloom", *words], env=environment, stdout=silent, stderr=silent)

@@ -12,6 +12,9 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+from generator.config import CurriculumConfig
+from generator.pacing import Pacing
+
 SMOKE = str(Path(__file__).parents[2] / "configs" / "smoke.yaml")
 # Dropout draws other masks on other processes; bf16 rounds too coarsely to compare.
 WORDS = ["run", "--config", SMOKE, "--run.device=cpu", "--run.precision=fp32", "--autoregressive.model.dropout=0"]
@@ -160,3 +163,78 @@ def test_samples_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> Non
         for index in range(70):
             first, second = (tmp_path / name / family / f"{index:06d}.png" for name in ("one", "two"))
             assert first.read_bytes() == second.read_bytes()
+
+
+# Runs a command of tokenloom, and writes what this process alone saw of the diffusion's steps: stage and loss.
+WATCHED = """
+import json, os, sys
+from pathlib import Path
+from generator.diffusion_task import DiffusionTask
+from tokenloom.cli import main
+
+step, seen = DiffusionTask.step, []
+
+def watched(self, batch, rng):
+    figures = step(self, batch, rng)
+    seen.append([self.curriculum.stage, figures["loss"].item()])
+    return figures
+
+DiffusionTask.step = watched
+main(sys.argv[2:])
+Path(sys.argv[1], "rank-" + os.environ.get("RANK", "0") + ".json").write_text(json.dumps(seen))
+"""
+STAGED = [
+    "--diffusion.curriculum.kind=easy_to_hard", "--diffusion.curriculum.num_clusters=4",
+    "--diffusion.curriculum.patience=1", "--diffusion.curriculum.smoothing=0.5", "--diffusion.train.log_every=1",
+    "--autoregressive=null",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_processes_change_stage_with_the_same_step_though_their_own_losses_differ(tmp_path: Path) -> None:
+    (tmp_path / "watched.py").write_text(WATCHED)
+    place = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+
+    def train(root: str, *launcher: str, parallel: str = "ddp") -> list[list[list[float]]]:
+        """Stages and losses of every step, by process."""
+        folder = tmp_path / root
+        for stage in ("tokenizer", "codes") if root != "one" else ():
+            shutil.copytree(tmp_path / "one" / "smoke" / stage, folder / "smoke" / stage)
+        for name in ("tokenizer", "encode", "generator") if root == "one" else ("generator",):
+            words = [name, *WORDS[1:-1], *STAGED, f"--run.root={folder}", f"--run.parallel={parallel}"]
+            command = [sys.executable, *launcher, str(tmp_path / "watched.py"), str(folder), *words]
+            done = subprocess.run(command, capture_output=True, text=True, env=place)
+            assert done.returncode == 0, done.stderr
+        return [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
+
+    def logged(root: str) -> list[dict]:
+        lines = (tmp_path / root / "smoke" / "diffusion" / "metrics.jsonl").read_text().splitlines()
+        return [line for line in map(json.loads, lines) if "loss" in line]
+
+    def weights(root: str) -> dict:
+        return load_file(tmp_path / root / "smoke" / "diffusion" / "model.safetensors")
+
+    (alone,) = train("one")
+    stages = [stage for stage, _ in alone]
+    assert stages[-1] == 4
+    config = CurriculumConfig(kind="easy_to_hard", num_clusters=4, patience=1, smoothing=0.5)
+    for parallel in ("ddp", "fsdp"):
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+        ranks = train(parallel, *launcher, parallel=parallel)
+        assert len(ranks) == 2
+        for rank in ranks:
+            assert [stage for stage, _ in rank] == stages
+            pacing, own = Pacing(config, num_stages=4), []
+            for _, loss in rank:
+                own.append(pacing.stage)
+                pacing.update(loss)
+            assert own != stages  # where its own losses would have led
+        for one, two in zip(logged("one"), logged(parallel), strict=True):
+            assert one.keys() == two.keys()
+            assert one["curriculum/stage"] == two["curriculum/stage"]
+            assert one["curriculum/draws"]["shares"] == pytest.approx(two["curriculum/draws"]["shares"], abs=2e-6)
+            clusters = [key for key in one if key.startswith("loss_cluster_")]
+            assert [one[key] for key in clusters] == pytest.approx([two[key] for key in clusters], rel=1e-3)
+        one, two = weights("one"), weights(parallel)
+        assert one.keys() == two.keys()
+        assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-4
