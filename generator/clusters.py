@@ -15,7 +15,7 @@ from torch import Tensor
 
 from generator.config import CurriculumConfig
 from generator.path import flow_logsnr
-from generator.schedule import Schedule, trainable
+from generator.schedule import MAX_LOGSNR, Schedule, trainable
 
 NUM_TIMES = 1000  # at which the clusters by log SNR look at a schedule
 
@@ -24,11 +24,8 @@ def cluster_edges(config: CurriculumConfig, schedule: Schedule) -> Tensor:
     """Edges of the clusters in u: float64 [N + 1], rising from 0, the noisy end of cluster N, to 1.
 
     Raises:
-        ValueError: an unknown division, or one that leaves a cluster without draws.
+        ValueError: a division that leaves a cluster without draws.
     """
-    if config.clusters not in DIVISIONS:
-        known = ", ".join(DIVISIONS)
-        raise ValueError(f"diffusion.curriculum.clusters={config.clusters!r} is unknown; choose one of {known}")
     edges = DIVISIONS[config.clusters](schedule, config.num_clusters)
     if bool((edges.diff() <= 0).any()):
         raise ValueError(
@@ -45,16 +42,26 @@ def by_time(schedule: Schedule, num: int) -> Tensor:
 
 def by_noise_level(schedule: Schedule, num: int) -> Tensor:
     """Equal intervals of linear-flow time sigma / (alpha + sigma), whatever the schedule."""
-    inner = flow_logsnr(1 - torch.arange(1, num, dtype=torch.float64) / num)
-    return torch.cat([torch.zeros(1).double(), schedule.cdf(inner), torch.ones(1).double()])
+    return schedule.cdf(flow_logsnr(torch.linspace(1, 0, num + 1, dtype=torch.float64)))
 
 
 def by_logsnr(schedule: Schedule, num: int) -> Tensor:
-    """Log SNRs of a cluster lie close together: `optimal_starts` over NUM_TIMES even times, ends included."""
-    times = torch.arange(NUM_TIMES, dtype=torch.float64) / (NUM_TIMES - 1)
-    values = trainable(schedule.inverse(1 - times)).double().numpy()  # [T], falling
-    inner = [1 - (start - 0.5) / (NUM_TIMES - 1) for start in reversed(optimal_starts(values, num)[1:])]
+    """Log SNRs of a cluster lie close together: `optimal_starts` over `even_levels`, edges midway between two times."""
+    starts = optimal_starts(even_levels(schedule), num)
+    inner = [1 - (start - 0.5) / (NUM_TIMES - 1) for start in reversed(starts[1:])]
     return torch.tensor([0.0, *inner, 1.0], dtype=torch.float64)
+
+
+def even_levels(schedule: Schedule) -> NDArray[np.float64]:
+    """Log SNRs at NUM_TIMES even times, both ends included, falling: those of the steps of DDPM.
+
+    An end beyond the range of training, where continuous schedules have none, is taken half a step inside: clamped to
+    the range it would lie so far from its neighbour as to be a cluster of its own, of half a step.
+    """
+    times = torch.arange(NUM_TIMES, dtype=torch.float64) / (NUM_TIMES - 1)
+    half = 0.5 / (NUM_TIMES - 1)
+    levels, inside = schedule.inverse(1 - times), schedule.inverse(1 - times.clamp(half, 1 - half))
+    return trainable(torch.where(levels.abs() <= MAX_LOGSNR, levels, inside)).double().numpy()
 
 
 DIVISIONS: dict[str, Callable[[Schedule, int], Tensor]] = {

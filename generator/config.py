@@ -274,7 +274,7 @@ class CurriculumConfig:
     threshold: float = 0.7
     """Asymmetric: the time, 0 data and 1 noise, below which times are drawn more often."""
     ratio: float = 2.0
-    """Asymmetric: how many times more often."""
+    """Asymmetric: how many times more often, before half of the draws are mirrored."""
     cluster: int = 1
     """Single: the cluster that is trained, from 1, the least noise, to num_clusters."""
     start: float = 2.0
@@ -306,7 +306,10 @@ class CurriculumConfig:
         if not 0 < self.threshold < 1:
             raise ValueError(f"diffusion.curriculum.threshold={self.threshold} must lie between 0 and 1")
         if not self.ratio > 0:
-            raise ValueError(f"diffusion.curriculum.ratio={self.ratio} must be positive; 1 draws all times equally")
+            raise ValueError(
+                f"diffusion.curriculum.ratio={self.ratio} must be positive: above 1 for more draws below"
+                " diffusion.curriculum.threshold"
+            )
         self._check_pacing()
 
     def _check_pacing(self) -> None:

@@ -29,12 +29,10 @@ class Curriculum:
     Clusters are numbered from 1, the least noise, to N; `edges` are their N + 1 edges in u, rising from noise to data.
 
     Raises:
-        ValueError: an unknown kind, or clusters that the schedule does not draw from.
+        ValueError: clusters that the schedule does not draw from.
     """
 
     def __init__(self, config: CurriculumConfig, schedule: Schedule, *, steps: int) -> None:
-        if config.kind not in PLACES:
-            raise ValueError(f"diffusion.curriculum.kind={config.kind!r} is unknown; choose one of {', '.join(PLACES)}")
         self.config, self.schedule, self.steps = config, schedule, steps
         self.edges = cluster_edges(config, schedule)  # [N + 1]
         self.edge_levels = trainable(schedule.inverse(self.edges))  # [N + 1]
@@ -165,11 +163,14 @@ def asymmetric_distribution(threshold: float, ratio: float, mirror: float) -> tu
 
 
 def end_of_change(schedule: Schedule, slowest: float = 1e-4) -> float:
-    """The time from which sigma grows by less than `slowest` per NUM_STEPS-th of time; 1 if there is none."""
-    times = (torch.arange(NUM_STEPS, dtype=torch.float64) + 0.5) / NUM_STEPS
+    """The time from which sigma grows by less than `slowest` per step of NUM_STEPS: 0 if always, 1 if never.
+
+    As in SpeeD's code for DDPM. Slow growth at the data end, as of Cauchy, does not count.
+    """
+    times = torch.arange(NUM_STEPS, dtype=torch.float64) / (NUM_STEPS - 1)
     _, sigma = variance_preserving(schedule.inverse(1 - times))
-    slow = torch.gradient(sigma)[0] < slowest
-    return (int(slow.int().argmax()) + 1) / NUM_STEPS if bool(slow.any()) else 1.0
+    fast = (torch.gradient(sigma)[0] >= slowest).nonzero()
+    return min((int(fast[-1]) + 2) / NUM_STEPS, 1.0) if len(fast) else 0.0
 
 
 PLACES: dict[str, Callable[[Curriculum], Place]] = {

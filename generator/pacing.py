@@ -22,8 +22,7 @@ class Pacing:
         self._begin()
 
     def _begin(self) -> None:
-        self.steps, self.waited, self.best = 0, 0, math.inf
-        self.average = 0.0  # towards 0 by smoothing^steps
+        self.steps, self.waited, self.best, self.average = 0, 0, math.inf, 0.0
 
     def update(self, loss: float) -> bool:
         """Take the loss of a step, the same on every process; tells whether a new stage begins with the next step."""
@@ -37,16 +36,19 @@ class Pacing:
     def _over(self, loss: float) -> bool:
         """Whether the stage should end with this loss."""
         limit = self.config.stage_steps
-        if self.config.pacing == "fixed":
-            return self.steps >= (limit or 1)
+        expired = self.config.pacing == "patience" and self._expired(loss)
+        return expired or (limit is not None and self.steps >= limit)
+
+    def _expired(self, loss: float) -> bool:
+        """Whether this loss exhausts the patience."""
         decay = self.config.smoothing
-        self.average = decay * self.average + (1 - decay) * loss
-        smoothed = self.average / (1 - decay**self.steps)
-        if smoothed < self.best - self.config.min_improvement:
-            self.best, self.waited = smoothed, 0
+        share = (1 - decay) / (1 - decay**self.steps)  # of the last loss: 1 at first
+        self.average += share * (loss - self.average)  # so that a loss that stays equal leaves it to the bit
+        if self.average < self.best - self.config.min_improvement:
+            self.best, self.waited = self.average, 0
         else:
             self.waited += 1
-        return self.waited > self.config.patience or (limit is not None and self.steps >= limit)
+        return self.waited > self.config.patience
 
     def state_dict(self) -> dict[str, Any]:
         """Primitives only."""

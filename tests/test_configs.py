@@ -15,7 +15,8 @@ from engine.config import TrainConfig, section_type, to_dict, to_yaml
 from engine.sources import SOURCES
 from eval.variants import samplings
 from generator.autoregressive import build_network
-from generator.curriculum import SHIFTS
+from generator.clusters import DIVISIONS
+from generator.curriculum import PLACES, Curriculum
 from generator.diffusion import build_denoiser
 from generator.objective import TARGETS, WEIGHTS, Objective
 from generator.path import PATHS
@@ -58,7 +59,9 @@ def test_every_yaml_parses_and_builds(path: Path, row: str | None, tmp_path: Pat
         if experiment.diffusion is not None:
             build_denoiser(experiment.diffusion.model, card)
             Objective.from_config(to_dict(experiment.diffusion))
-            build_schedule(experiment.diffusion.schedule)
+    if experiment.diffusion is not None:
+        schedule, train = build_schedule(experiment.diffusion.schedule), experiment.diffusion.train
+        Curriculum(experiment.diffusion.curriculum, schedule, steps=train.steps)
     assert len(samplings(experiment.eval, dict(experiment.generators()))) >= len(experiment.eval.variants)
     again = tmp_path / "resolved.yaml"
     again.write_text(to_yaml(experiment))
@@ -91,7 +94,8 @@ TABLES = {
     "diffusion.path": PATHS,
     "diffusion.schedule.kind": SCHEDULES,
     "diffusion.schedule.mixed.kind": SCHEDULES,
-    "diffusion.curriculum.kind": SHIFTS,
+    "diffusion.curriculum.kind": PLACES,
+    "diffusion.curriculum.clusters": DIVISIONS,
     "diffusion.target": TARGETS,
     "diffusion.weight": WEIGHTS,
     "diffusion.sample.solver": {**ODE_SOLVERS, **SDE_SOLVERS},
@@ -108,6 +112,9 @@ def test_every_choice_is_in_its_table_and_nothing_else_is(key: str, table: dict)
 COMPANIONS = {
     "exponential": [".final_learning_rate=1e-6"],
     "fsq": [".levels=[4,4]", "tokenizer.model.code_dim=2"],
+    "easy_to_hard": [".num_clusters=3", ".patience=3"],
+    "anti": [".num_clusters=3", ".patience=3"],
+    "fixed": [".kind=easy_to_hard", ".num_clusters=3", ".stage_steps=5"],
     "list": [".levels=[-6,0,6]"],
     "pixels": [  # which have no networks to set and nothing to train
         *(".vocab_size=8192", ".code_dim=32", ".encoder=null", ".decoder=null"),
