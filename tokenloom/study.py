@@ -9,6 +9,7 @@ from pathlib import Path
 
 from engine.checkpoint import write_atomic, write_json
 from eval.variants import check_samplings, samplings
+from tokenloom.difficulty import check_difficulty, write_difficulty
 from tokenloom.dry_run import num_classes
 from tokenloom.experiment import Experiment
 from tokenloom.pipeline import check_tokenizer
@@ -19,6 +20,7 @@ from tokenloom.study_jobs import carry_out, finished
 from tokenloom.study_plan import Row, Run, plan_rows, plan_runs, shared_run, tell_plan
 from tokenloom.study_plot import curves, number_at, plot
 from tokenloom.study_results import Found, gather, results_json, results_markdown
+from tokenloom.study_taken import with_taken, without_taken
 
 
 def run_study(
@@ -31,6 +33,8 @@ def run_study(
 ) -> Found:
     """Carry out a study, or of it the rows `only` and the given seeds, and write the results of all that is there.
 
+    Rows whose networks the rows `only` take are carried out too.
+
     Raises:
         ValueError: a row does not fit or is not known.
         Interrupted: a signal came; the same call goes on.
@@ -40,7 +44,8 @@ def run_study(
     check_names(only, study.names, "--only")
     rows, folder = checked_rows(study, base), base.run.folder
     runs = plan_runs(study, rows, sorted({*study.seeds, *seeds}), base.run)
-    wanted = [run for run in runs if run.row in (only or study.names) and run.seed in (seeds or study.seeds)]
+    chosen = with_taken(only or study.names, {row.name: row.taken for row in rows})
+    wanted = [run for run in runs if run.row in chosen and run.seed in (seeds or study.seeds)]
     problems: dict[str, str] = {}
     if not report_only:
         write_atomic(folder / "study.yaml", study_yaml(study, base).encode())
@@ -48,6 +53,8 @@ def run_study(
         problems |= {} if problems else carry_out(wanted, stages=study.stages, jobs=study.jobs, title=study.title)
     found = gather(study, rows, runs, problems)
     print(f"results: {write_results(found, folder)}")
+    if study.difficulty:
+        print(f"difficulty: {write_difficulty(study, rows, runs, found.problems, folder)}")
     return found
 
 
@@ -73,7 +80,9 @@ def tell(study: StudyConfig, base: Experiment, *, only: Sequence[str] = (), seed
         ValueError: a row does not fit or is not known.
     """
     check_names(only, study.names, "--only")
-    rows = [row for row in checked_rows(study, base) if row.name in (only or study.names)]
+    rows = checked_rows(study, base)
+    wanted = with_taken(only or study.names, {row.name: row.taken for row in rows})
+    rows = [row for row in rows if row.name in wanted]
     chosen = sorted(seeds or study.seeds)
     left = sum(not finished(run) for run in plan_runs(study, rows, chosen, base.run))
     shared = shared_run(study, base)
@@ -88,6 +97,7 @@ def checked_rows(study: StudyConfig, base: Experiment) -> list[Row]:
         for row in (row for row in rows if row.name in group.rows):
             number_at(row, group.x or "")
     check_curve(study.curve, rows)
+    check_difficulty(study, rows)
     check_samples(study, rows)
     return rows
 
@@ -95,7 +105,7 @@ def checked_rows(study: StudyConfig, base: Experiment) -> list[Row]:
 def check_samples(study: StudyConfig, rows: Sequence[Row]) -> None:
     """Raise ValueError if a score is asked of what no row scores, or of samples that cannot be drawn as a row says."""
     scored = {"tokenizer": ["tokenizer"], "generator": ["real"], "all": ["real", "tokenizer", *BASELINES]}[study.stages]
-    for experiment in (row.experiment for row in rows):
+    for experiment in (without_taken(row.experiment) for row in rows):
         families = dict(experiment.generators())
         check_samplings(experiment.eval, families, classes=num_classes(experiment)[0], run=experiment.run.folder)
         scored += [each.subject for each in samplings(experiment.eval, families) if each.subject not in scored]

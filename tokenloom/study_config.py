@@ -40,7 +40,8 @@ class RowConfig:
     name: str
     """Name of the row and of its folder."""
     values: dict[str, Any] = field(default_factory=dict)
-    """Dotted keys of the experiment with the row's values."""
+    """Dotted keys of the experiment with the row's values. `row:<name>` in the place of a folder, in
+    diffusion.sample.guide and .outside, is that row's diffusion model under the same seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,8 @@ class GroupConfig:
     """Heading over the rows."""
     rows: tuple[str, ...]
     """Names of rows; a row may be in several groups."""
+    baseline: str | None = None
+    """The one of these rows that the others are held against here; absent: study.baseline."""
     x: str | None = None
     """Dotted key with a number, such as tokenizer.model.code_dim, over which the rows are also drawn as a line."""
 
@@ -91,13 +94,17 @@ class StudyConfig:
     budget: Literal["flops", "steps"] = "flops"
     """What all rows have in common: the FLOPs of the baseline's training, stage by stage, or its steps."""
     baseline: str = ""
-    """The row that others are held against and whose costs they share; absent: the first."""
+    """The row that others are held against, unless their group has another, and whose costs they share; absent: the
+    first."""
     jobs: int = 1
     """Runs at a time; they share the CPU's threads."""
     metrics: tuple[MetricConfig, ...] = ()
     """Scores to compare."""
     curve: CurveConfig = field(default_factory=CurveConfig)
     """What is drawn over the course of the training."""
+    difficulty: bool = False
+    """Tell which noise levels are hard, too (difficulty.md): by the rows that train on one cluster of them alone
+    (diffusion.curriculum.kind=single), and by the relative entropy of consecutive marginals."""
     rows: tuple[RowConfig, ...] = ()
     """In YAML a mapping from names of rows to their dotted keys and values."""
     groups: tuple[GroupConfig, ...] = ()
@@ -116,7 +123,12 @@ class StudyConfig:
             raise ValueError("study.rows: two rows have one name")
         check_names([self.baseline] if self.baseline else [], self.names, "study.baseline")
         for group in self.groups:
-            check_names(group.rows, self.names, f"study.groups, {group.title!r}")
+            where = f"study.groups, {group.title!r}"
+            check_names(group.rows, self.names, where)
+            check_names([group.baseline] if group.baseline else [], group.rows, f"{where}, baseline")
+        titles = [group.title for group in self.groups]
+        if len(set(titles)) < len(titles):
+            raise ValueError(f"study.groups: two groups have one title, of {', '.join(titles)}; rename one")
 
     @property
     def names(self) -> list[str]:
@@ -127,6 +139,10 @@ class StudyConfig:
     def reference(self) -> str:
         """Name of the baseline row."""
         return self.baseline or self.rows[0].name
+
+    def baseline_of(self, group: GroupConfig) -> str:
+        """Name of the row that a group is held against."""
+        return group.baseline or self.reference
 
 
 @dataclass(frozen=True, kw_only=True)

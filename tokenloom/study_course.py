@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from eval.protocol import Record, comparable
@@ -15,6 +15,8 @@ from tokenloom.study_config import CurveConfig
 from tokenloom.study_plan import Row, Run, train_of
 from tokenloom.study_statistics import mean_interval
 
+Line = dict[int, float]
+"""The curve of one run: a value by training step."""
 Course = dict[int, tuple[Estimate, int]]
 """By training step, the mean over seeds with its interval, and the number of seeds."""
 
@@ -32,9 +34,9 @@ def check_curve(curve: CurveConfig, rows: Sequence[Row]) -> None:
             )
 
 
-def course(curve: CurveConfig, runs: Sequence[Run]) -> Course:
-    """The curve of one row's finished runs, at the steps that all of them have."""
-    lines = [line for run in runs if (line := _line(curve, run))]
+def course(lines: Iterable[Line]) -> Course:
+    """The mean of a row's curves, at the steps that all of them have."""
+    lines = [line for line in lines if line]
     shared = sorted(set.intersection(*map(set, lines))) if lines else []
     return {step: (mean_interval([line[step] for line in lines]), len(lines)) for step in shared}
 
@@ -50,13 +52,15 @@ def curve_protocol(curve: CurveConfig, run: Run) -> dict[str, Any]:
     return next((record["protocol"] for _, record in _scores(curve, run)), {})
 
 
-def _line(curve: CurveConfig, run: Run) -> dict[int, float]:
-    """The curve of one run."""
+def line_of(curve: CurveConfig, run: Run) -> Line:
+    """The curve of one run, steps rising; what is not finite is left out."""
     if curve.score is not None:
-        return {step: record["value"] for step, record in _scores(curve, run)}
-    lines = RunFiles(run.folder).metrics(curve.stage)
-    found = {line["step"]: line[curve.metric] for line in lines if curve.metric in line}
-    return {step: value for step, value in found.items() if isinstance(value, float | int) and math.isfinite(value)}
+        found = {step: record["value"] for step, record in _scores(curve, run)}
+    else:
+        lines = RunFiles(run.folder).metrics(curve.stage)
+        found = {line["step"]: line[curve.metric] for line in lines if curve.metric in line}
+    finite = {step: value for step, value in found.items() if isinstance(value, float | int) and math.isfinite(value)}
+    return dict(sorted(finite.items()))
 
 
 def _scores(curve: CurveConfig, run: Run) -> Iterator[tuple[int, Record]]:

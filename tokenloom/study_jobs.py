@@ -144,11 +144,14 @@ def _settings(told: dict[str, Any], run: Run) -> dict[str, Any]:
 def carry_out(runs: Sequence[Run], *, stages: str, jobs: int, title: str) -> dict[str, str]:
     """Do the runs that are not finished, `jobs` at a time, and return what went wrong by name of the run.
 
+    A run that takes the network of another row waits for that row's run of its seed, which must be among `runs`, and
+    is not begun if that goes wrong.
+
     Raises:
         Interrupted: SIGINT or SIGTERM came; all processes have saved and left.
     """
-    todo = [run for run in runs if not finished(run)]
-    ledger, problems = Ledger(runs), {}
+    todo = _to_do(runs)
+    ledger, problems = Ledger(runs), dict[str, str]()
     print(f"{title}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {len(runs) - len(todo)} done before", flush=True)
     waiting, active = deque(todo), list[Job]()
     with caught_signals() as caught:
@@ -156,12 +159,10 @@ def carry_out(runs: Sequence[Run], *, stages: str, jobs: int, title: str) -> dic
             while waiting or active:
                 if caught:
                     _stop(active, caught[-1], title)
-                while waiting and len(active) < jobs:
-                    run = waiting.popleft()
-                    try:
-                        active.append(Job(run, stages))
-                    except BlockingIOError:
-                        problems[run.name] = "another process is still at it; wait for it or stop it"
+                while len(active) < jobs and (run := _ready(waiting, active)) is not None:
+                    trouble = _start(run, runs, stages, active)
+                    if trouble:
+                        problems[run.name] = trouble
                 for job in list(active):
                     code = job.poll()
                     if code is None:
@@ -177,6 +178,40 @@ def carry_out(runs: Sequence[Run], *, stages: str, jobs: int, title: str) -> dic
             for job in active:
                 job.kill()
     return problems
+
+
+def _to_do(runs: Sequence[Run]) -> list[Run]:
+    """Runs that are not finished, and those that take a network of these: they may have to be done again."""
+    providers = {(run.row, run.seed): run for run in runs}
+
+    def due(run: Run) -> bool:
+        return not finished(run) or any(due(providers[name, run.seed]) for name in run.taken.values())
+
+    return [run for run in runs if due(run)]
+
+
+def _ready(waiting: deque[Run], active: Sequence[Job]) -> Run | None:
+    """The first waiting run that takes the network of no run which is still to end; it no longer waits."""
+    pending = {(run.row, run.seed) for run in [*waiting, *(job.run for job in active)]}
+    for run in waiting:
+        if all((name, run.seed) not in pending for name in run.taken.values()):
+            waiting.remove(run)
+            return run
+    return None
+
+
+def _start(run: Run, runs: Sequence[Run], stages: str, active: list[Job]) -> str:
+    """Begin a run, unless it turns out to be finished; returns why it cannot be begun."""
+    for provider in (each for each in runs if each.seed == run.seed and each.row in run.taken.values()):
+        if not finished(provider):
+            return f"not begun: it takes the network of {provider.name}, which is not finished"
+    if finished(run):
+        return ""
+    try:
+        active.append(Job(run, stages))
+    except BlockingIOError:
+        return "another process is still at it; wait for it or stop it"
+    return ""
 
 
 def _ended(job: Job, code: int, ledger: Ledger) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tokenloom.experiment import Experiment
 from tokenloom.run_files import RunFiles
 from tokenloom.study_config import SHARED, StudyConfig, vary
 from tokenloom.study_costs import Cost, product_rate, sampling_seconds, step_seconds, training_costs
+from tokenloom.study_taken import Taken, check_taken, taken_by, told_taken, with_folders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,11 @@ class Row:
         """FLOPs of the training of one run."""
         return sum(cost.total(self.steps[stage]) for stage, cost in self.costs.items())
 
+    @property
+    def taken(self) -> dict[str, str]:
+        """Rows whose networks it takes, by the key of diffusion.sample."""
+        return taken_by(self.experiment)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -48,6 +54,8 @@ class Run:
     seed: int
     experiment: Experiment
     flops: float
+    taken: Taken = field(default_factory=dict)
+    """Rows whose networks of the same seed it takes, by the key of diffusion.sample."""
 
     @property
     def name(self) -> str:
@@ -59,9 +67,13 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that decides the scores, JSON-ready. Of another run's tokenizer: what it is, and how it encoded."""
+        """All that decides the scores, JSON-ready; no folder. Of another run's tokenizer: what it is, and how it
+        encoded. Of another row's network: the row, and what the network is."""
         told = to_dict(self.experiment)
         run = {key: told["run"][key] for key in ("seed", "precision")}
+        for key, row in self.taken.items():
+            network = RunFiles(Path(told["diffusion"]["sample"][key])).card("diffusion")
+            told["diffusion"]["sample"][key] = {"row": row, "fingerprint": network.get("fingerprint")}
         if self.experiment.run.tokenizer is None:
             return {**told, "run": run}
         files = RunFiles(self.experiment.run.tokenizer_folder)
@@ -73,7 +85,8 @@ def plan_rows(study: StudyConfig, base: Experiment) -> list[Row]:
     """All rows in the study's order, with as many steps as the budget gives them.
 
     Raises:
-        ValueError: a row does not fit, trains nothing, or its steps do not outlast its warm-up.
+        ValueError: a row does not fit, trains nothing, takes the network of a row that cannot give it, or its steps do
+            not outlast its warm-up.
     """
     if base.run.tokenizer is not None:
         _check_borrowing(study, base.run.tokenizer)
@@ -88,6 +101,7 @@ def plan_rows(study: StudyConfig, base: Experiment) -> list[Row]:
         if not costs:
             raise ValueError(f"study.rows.{row.name}: there is no section autoregressive or diffusion to train")
         drafts.append(Row(name=row.name, values=row.values, experiment=experiment, costs=costs))
+    _check_networks(study, drafts)
     if study.budget == "steps":
         return drafts
     reference = next(row for row in drafts if row.name == study.reference)
@@ -104,6 +118,16 @@ def _check_borrowing(study: StudyConfig, tokenizer: str) -> None:
             raise ValueError(f"study.rows.{row.name}.{key} changes nothing: {told}")
 
 
+def _check_networks(study: StudyConfig, rows: Sequence[Row]) -> None:
+    """Raise ValueError unless each network that a row takes is that of a row of the same tokenizer."""
+    check_taken({row.name: row.experiment for row in rows})
+    makers = [row for row in rows if study.stages == "all" and row.experiment.run.tokenizer is None]
+    for row in (row for row in makers if row.taken):
+        key, provider = next(iter(row.taken.items()))
+        where = f"study.rows.{row.name}.diffusion.sample.{key}=row:{provider}"
+        raise ValueError(f"{where}: with study.stages=all each row makes a tokenizer of its own; set it to generator")
+
+
 def plan_runs(study: StudyConfig, rows: Sequence[Row], seeds: Sequence[int], base: RunConfig) -> list[Run]:
     """All runs, seed by seed, so that an unfinished study has whole seeds to compare."""
     folder, threads = base.folder, threads_each(study, base)
@@ -115,8 +139,9 @@ def plan_runs(study: StudyConfig, rows: Sequence[Row], seeds: Sequence[int], bas
                 row.experiment.run, root=str(folder / row.name), name=f"seed-{seed}", seed=seed, threads=threads,
                 tokenizer=tokenizer,
             )  # fmt: skip
-            experiment = dataclasses.replace(row.experiment, run=run)
-            runs.append(Run(row=row.name, seed=seed, experiment=experiment, flops=row.flops))
+            networks = {key: folder / provider / run.name for key, provider in row.taken.items()}
+            experiment = with_folders(dataclasses.replace(row.experiment, run=run), networks)
+            runs.append(Run(row=row.name, seed=seed, experiment=experiment, flops=row.flops, taken=row.taken))
     return runs
 
 
@@ -170,7 +195,8 @@ def tell_plan(
     count = f"{len(rows)} rows x {len(seeds)} seeds ({', '.join(map(str, seeds))}) = {len(rows) * len(seeds)} runs"
     head = [study.title, f"{count}, {left} not done, in {base.folder}/"]
     told = "; ".join(dict.fromkeys(each["way"] for each in times))
-    return "\n".join([*head, "", *_row_lines(rows, times), "", *cost, f"time {told}"])
+    waits = told_taken([(row.name, row.taken) for row in rows])
+    return "\n".join([*head, "", *_row_lines(rows, times), "", *waits, *cost, f"time {told}"])
 
 
 def _run_times(study: StudyConfig, row: Row, rate: float) -> dict[str, Any]:

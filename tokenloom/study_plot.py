@@ -81,13 +81,16 @@ def _places(found: Found) -> dict[tuple[str, str], float]:
 def _draw_rows(
     axes: Axes, found: Found, metric: MetricConfig, places: dict[tuple[str, str], float], *, named: bool
 ) -> None:
-    key, reference = key_of(metric), found.study.reference
+    key = key_of(metric)
     scale = scale_of(found.names[key])
-    base = found.mean(key, reference)
-    if base is not None:
-        axes.axvline(scale * base[0].value, color=GREY, linewidth=0.9, linestyle="--", zorder=0)
-    for (_, row), at in places.items():
-        colour = BLACK if row == reference else COLOURS[0]
+    baselines = {group.title: found.study.baseline_of(group) for group in grouped(found.study)}
+    for title, reference in baselines.items():
+        base, heights = found.mean(key, reference), [at for (group, _), at in places.items() if group == title]
+        if base is not None:
+            ends = [min(heights) - 0.7, max(heights) + 0.7]
+            axes.plot([scale * base[0].value] * 2, ends, color=GREY, linewidth=0.9, linestyle="--", zorder=0)
+    for (title, row), at in places.items():
+        colour = BLACK if row == baselines[title] else COLOURS[0]
         values = found.values[key].get(row, {}).values()
         axes.plot([scale * value for value in values], [at] * len(values), "o", color=colour, alpha=0.45, ms=4)
         mean = found.mean(key, row)
@@ -139,7 +142,7 @@ def _name_rows(axes: Axes, places: dict[tuple[str, str], float], *, named: bool)
 
 def _draw_line(axes: Axes, found: Found, metric: MetricConfig, group: GroupConfig) -> None:
     """The group's rows over the values of its key."""
-    key = key_of(metric)
+    key, reference = key_of(metric), found.study.baseline_of(group)
     scale = scale_of(found.names[key])
     xs = {row.name: number_at(row, group.x or "") for row in found.rows if row.name in group.rows}
     names = sorted((name for name in xs if found.mean(key, name)), key=xs.__getitem__)
@@ -147,7 +150,7 @@ def _draw_line(axes: Axes, found: Found, metric: MetricConfig, group: GroupConfi
     axes.plot([xs[name] for name in names], [scale * mean[0].value for mean in means if mean], "-", color=COLOURS[0])
     for name, mean in zip(names, means, strict=True):
         assert mean is not None
-        colour = BLACK if name == found.study.reference else COLOURS[0]
+        colour = BLACK if name == reference else COLOURS[0]
         values = found.values[key][name].values()
         axes.plot([xs[name]] * len(values), [scale * value for value in values], "o", color=colour, alpha=0.45, ms=4)
         if mean[0].interval:
@@ -184,7 +187,7 @@ def _number_axis(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _draw_curves(axes: Axes, found: Found, group: GroupConfig) -> None:
-    reference, curve = found.study.reference, found.study.curve
+    reference, curve = found.study.baseline_of(group), found.study.curve
     names = [reference, *(name for name in group.rows if name != reference)]
     by_name = {row.name: row for row in found.rows}
     scale = scale_of(curve.name.split("/")[-1])
@@ -202,6 +205,9 @@ def _draw_curves(axes: Axes, found: Found, group: GroupConfig) -> None:
                     bounds = [scale * bound for bound in estimate.interval]
                     axes.plot([x + aside] * 2, bounds, "-", color=colour, linewidth=1.0, alpha=0.6)
     if curve.score is not None:
+        if found.courses[reference]:  # what the others are to reach
+            last = list(found.courses[reference].values())[-1][0].value
+            axes.axhline(scale * last, color=GREY, linewidth=0.9, linestyle="--", zorder=0)
         told = [estimate for line in found.courses.values() for estimate, _ in line.values()]
         bounds = [scale * bound for estimate in told for bound in estimate.interval or ()]
         axes.set_ylim(*_window([scale * estimate.value for estimate in told], bounds))

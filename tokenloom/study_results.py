@@ -14,11 +14,12 @@ from eval.statistics import Estimate
 from generator.config import AutoregressiveSampleConfig, DiffusionSampleConfig
 from tokenloom.dry_run import quantity
 from tokenloom.run_files import RunFiles
-from tokenloom.score_table import PERCENT, find, kind_of, written
+from tokenloom.score_table import PERCENT, UP, find, kind_of, written
 from tokenloom.study_config import GroupConfig, MetricConfig, StudyConfig
-from tokenloom.study_course import Course, course, curve_protocol, unlike_scores
+from tokenloom.study_course import Course, Line, course, curve_protocol, line_of, unlike_scores
 from tokenloom.study_jobs import changed_settings, finished
 from tokenloom.study_plan import Row, Run
+from tokenloom.study_reach import REACH_RULE, Reach, reach, reach_table, told_reach
 from tokenloom.study_statistics import CONFIDENCE, excludes_zero, mean_interval, paired_difference
 
 SPEED = "images_per_second"
@@ -42,8 +43,10 @@ class Found:
     """By metric key, what the scores were measured under."""
     runs: dict[str, dict[int, dict[str, Any]]]
     """By row and seed: state, seconds."""
+    lines: dict[str, dict[int, Line]]
+    """By row and seed, the study's curve."""
     courses: dict[str, Course]
-    """By row, the study's curve."""
+    """By row, the mean of these curves."""
     problems: dict[str, str]
     """By name of a run, what went wrong."""
 
@@ -52,12 +55,24 @@ class Found:
         values = list(self.values[metric].get(row, {}).values())
         return (mean_interval(values), len(values)) if values else None
 
-    def difference(self, metric: str, row: str) -> tuple[Estimate, int] | None:
-        """Mean difference from the baseline, paired by seed; None for the baseline itself."""
-        table = self.values[metric]
-        if row == self.study.reference:
+    def difference(self, metric: str, row: str, baseline: str | None = None) -> tuple[Estimate, int] | None:
+        """Mean difference from a baseline, the study's if none is named, paired by seed; None for itself."""
+        table, baseline = self.values[metric], baseline or self.study.reference
+        if row == baseline:
             return None
-        return paired_difference(table.get(row, {}), table.get(self.study.reference, {}))
+        return paired_difference(table.get(row, {}), table.get(baseline, {}))
+
+    def reach(self, row: str, baseline: str) -> Reach | None:
+        """When a row's score over training is as good as a baseline's last; None where there is nothing to tell."""
+        curve, rows = self.study.curve, {each.name: each for each in self.rows}
+        if curve.score is None or curve.stage not in rows[baseline].steps:
+            return None
+        mine, other = rows[row].costs.get(curve.stage), rows[baseline].costs[curve.stage]
+        price = mine.own / other.own if mine and self.study.budget == "flops" else 1.0
+        return reach(
+            self.lines[row], self.lines[baseline], total=rows[baseline].steps[curve.stage],
+            higher=kind_of(curve.score).better == UP, price=price,
+        )  # fmt: skip
 
 
 def key_of(metric: MetricConfig) -> str:
@@ -87,32 +102,32 @@ def gather(study: StudyConfig, rows: Sequence[Row], runs: Sequence[Run], problem
                 problems.setdefault(run.name, f"no score {metric.name} of {metric.subject}; see its study.log")
             else:
                 values[key][run.row][run.seed], names[key] = value, name
-    seeds = sorted({run.seed for run in runs})
+    seeds, lines = sorted({run.seed for run in runs}), _lines(study, rows, runs, problems)
     return Found(
-        study=study, rows=rows, seeds=seeds, values=values, names=names, protocols=protocols, runs=told,
-        courses=_courses(study, rows, runs, problems), problems=problems,
+        study=study, rows=rows, seeds=seeds, values=values, names=names, protocols=protocols, runs=told, lines=lines,
+        courses={name: course(each.values()) for name, each in lines.items()}, problems=problems,
     )  # fmt: skip
 
 
-def _courses(
+def _lines(
     study: StudyConfig, rows: Sequence[Row], runs: Sequence[Run], problems: dict[str, str]
-) -> dict[str, Course]:
+) -> dict[str, dict[int, Line]]:
     """The study's curve of each row; a run whose scores are of another protocol than the baseline's is left out."""
     curve, protocol = study.curve, dict[str, Any]()
-    kept: dict[str, list[Run]] = {row.name: [] for row in rows}
+    kept: dict[str, dict[int, Line]] = {row.name: {} for row in rows}
     for run in sorted(filter(finished, runs), key=lambda run: run.row != study.reference):
         protocol = protocol or curve_protocol(curve, run)
         unlike = unlike_scores(curve, run, protocol)
         if unlike:
             problems.setdefault(run.name, f"its {curve.name} was measured under another {', '.join(unlike)}")
         else:
-            kept[run.row].append(run)
-    return {name: course(curve, found) for name, found in kept.items()}
+            kept[run.row][run.seed] = line_of(curve, run)
+    return kept
 
 
 def results_json(found: Found) -> dict[str, Any]:
-    """All values, means and differences, JSON-ready."""
-    rows = {}
+    """All values, means and differences, JSON-ready; `groups` of a row has those from its groups' baselines."""
+    rows = dict[str, dict[str, Any]]()
     for row in found.rows:
         rows[row.name] = {
             "values": row.values,
@@ -124,11 +139,18 @@ def results_json(found: Found) -> dict[str, Any]:
             },
             "means": {key: _stated(found.mean(key, row.name)) for key in found.values},
             "differences": {key: _stated(found.difference(key, row.name)) for key in found.values},
+            "groups": {
+                group.title: _in_group(found, row.name, found.study.baseline_of(group))
+                for group in grouped(found.study)
+                if row.name in group.rows
+            },
         }
     metrics = {key: {"name": name, "protocol": found.protocols.get(key)} for key, name in found.names.items()}
     if found.study.curve.score is not None:
         for name, line in found.courses.items():
             rows[name]["curve"] = {str(step): _stated(value) for step, value in line.items()}
+            for seed, values in found.lines[name].items():
+                rows[name]["runs"][str(seed)]["curve"] = {str(step): value for step, value in values.items()}
     study = to_dict(found.study)
     del study["rows"]
     facts = {"confidence": CONFIDENCE, "interval": "Student t over seeds", "baseline": found.study.reference}
@@ -140,8 +162,8 @@ def results_markdown(found: Found) -> str:
     study = found.study
     parts = [f"# {study.title}", study.question, _told_budget(found), _told_statistics(found)]
     for group in grouped(study):
-        parts += [f"## {group.title}", _table(found, group.rows), _differences(found, group.rows)]
-    parts.append(_by_steps(found))
+        parts += [f"## {group.title}", _table(found, group.rows), _differences(found, group)]
+    parts += [_by_steps(found), *_by_reach(found)]
     parts += [_told_measurement(found), _told_sampling(found), "![Scores of every seed, with intervals](plot.png)"]
     parts.append(f"![{study.curve.name} in the course of the training](curves.png)")
     if found.problems:
@@ -218,15 +240,37 @@ def _table(found: Found, names: Sequence[str]) -> str:
     return _markdown(lines)
 
 
-def _differences(found: Found, names: Sequence[str]) -> str:
-    """Differences from the baseline, with paired intervals; bold where these leave out 0."""
-    reference = found.study.reference
-    lines = [[f"minus {reference}", *(label_of(found, metric) for metric in found.study.metrics)]]
-    for name in (name for name in names if name != reference):
-        cells = (
-            _cell(found, metric, found.difference(key_of(metric), name), signed=True) for metric in found.study.metrics
-        )
-        lines.append([name, *cells])
+def _in_group(found: Found, row: str, baseline: str) -> dict[str, Any]:
+    """A row against the baseline of a group, JSON-ready."""
+    differences = {key: _stated(found.difference(key, row, baseline)) for key in found.values}
+    told: dict[str, Any] = {"baseline": baseline, "differences": differences}
+    curve, each = found.study.curve, found.reach(row, baseline)
+    if curve.score is not None:
+        told["sentence"] = told_reach(row, baseline, curve.score, each)
+    if each is not None:
+        told["reach"] = _reach_json(each)
+    return told
+
+
+def _reach_json(each: Reach) -> dict[str, Any]:
+    """Steps by seed and what they come to, JSON-ready."""
+    means = {"mean_steps": each.mean_steps, "speed_up": each.speed_up}
+    return {
+        "of_steps": each.total,
+        "reached": each.reached,
+        "steps": {str(seed): step for seed, step in each.steps.items()},
+        "baseline_steps": {str(seed): step for seed, step in each.baseline_steps.items()},
+        **{key: None if mean is None else _stated((mean, len(each.steps))) for key, mean in means.items()},
+    }
+
+
+def _differences(found: Found, group: GroupConfig) -> str:
+    """Differences from the group's baseline, with paired intervals; bold where these leave out 0."""
+    reference, metrics = found.study.baseline_of(group), found.study.metrics
+    lines = [[f"minus {reference}", *(label_of(found, metric) for metric in metrics)]]
+    for name in (name for name in group.rows if name != reference):
+        told = (found.difference(key_of(metric), name, reference) for metric in metrics)
+        lines.append([name, *(_cell(found, *each, signed=True) for each in zip(metrics, told, strict=True))])
     return _markdown(lines) if len(lines) > 1 else ""
 
 
@@ -241,6 +285,22 @@ def _by_steps(found: Found) -> str:
         lines.append([row.name, *(_shown(found, curve.score, found.courses[row.name].get(step)) for step in steps)])
     title = f"## {kind_of(curve.score).label} of the {curve.stage} samples by training steps"
     return f"{title}\n\n{_markdown(lines)}"
+
+
+def _by_reach(found: Found) -> list[str]:
+    """Steps to reach the final score of each group's baseline: the rule, then tables and sentences; empty as above."""
+    score = found.study.curve.score
+    if score is None:
+        return []
+    label = kind_of(score).label
+    parts = [f"## Steps to reach the baseline's final {label}", REACH_RULE]
+    for group in grouped(found.study):
+        baseline = found.study.baseline_of(group)
+        reached = {name: found.reach(name, baseline) for name in (baseline, *group.rows)}
+        told = "\n".join(f"- {told_reach(name, baseline, score, each)}" for name, each in reached.items())
+        head = f"### {group.title}: the final {label} of {baseline}"
+        parts += [head, _markdown(reach_table(baseline, reached)), told]
+    return parts
 
 
 def _cell(found: Found, metric: MetricConfig, result: tuple[Estimate, int] | None, *, signed: bool = False) -> str:

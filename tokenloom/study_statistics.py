@@ -31,6 +31,18 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Es
     return Estimate(mean, (mean - reach, mean + reach))
 
 
+def geometric_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
+    """Geometric mean of positive values, with the interval of the mean of their logarithms taken back.
+
+    Raises:
+        ValueError: no value at all, or one that is not positive.
+    """
+    if min(values, default=1.0) <= 0:
+        raise ValueError(f"a geometric mean takes positive values alone, not {min(values)}")
+    mean, interval = mean_interval([math.log(value) for value in values], confidence)
+    return Estimate(math.exp(mean), interval and (math.exp(interval[0]), math.exp(interval[1])))
+
+
 def paired_difference(
     values: Mapping[int, float], baseline: Mapping[int, float], confidence: float = CONFIDENCE
 ) -> tuple[Estimate, int] | None:
