@@ -40,7 +40,7 @@ class Task:
     def told(self, step: int, sums: dict[str, list[float]]) -> dict[str, float | Histogram]:
         """What to log before a step of the vectors, from their sums over the good steps since the last line of the log.
 
-        Parts and processes have been averaged; how many steps it were does not show, so use ratios.
+        Parts and processes have been averaged; how many steps there were does not show, so use ratios.
         """
         return {}
 

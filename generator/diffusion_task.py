@@ -108,9 +108,9 @@ class DiffusionTask(Task):
         if stage == stages:
             return
         low, high = self.curriculum.active_levels(step)
-        untrained = f"log SNRs above {high:.1f} (clusters 1 .. {stages - stage})"
+        untrained = f"log SNRs above {high:z.1f} (clusters 1 .. {stages - stage})"
         if self.config.curriculum.kind == "anti":
-            untrained = f"log SNRs below {low:.1f} (clusters {stage + 1} .. {stages})"
+            untrained = f"log SNRs below {low:z.1f} (clusters {stage + 1} .. {stages})"
         warnings.warn(
             f"the training ended in stage {stage} of {stages} of its curriculum and never saw {untrained}. Train"
             " longer, or lower diffusion.curriculum.patience, num_clusters or stage_steps",

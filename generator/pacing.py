@@ -43,7 +43,8 @@ class Pacing:
         """Whether this loss exhausts the patience."""
         decay = self.config.smoothing
         share = (1 - decay) / (1 - decay**self.steps)  # of the last loss: 1 at first
-        self.average += share * (loss - self.average)  # so that a loss that stays equal leaves it to the bit
+        # Written so that a loss that stays equal leaves the average to the bit, and a raw loss is itself.
+        self.average = loss if share == 1 else self.average + share * (loss - self.average)
         if self.average < self.best - self.config.min_improvement:
             self.best, self.waited = self.average, 0
         else:

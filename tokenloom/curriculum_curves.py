@@ -56,7 +56,7 @@ def _stage_panel(lines: Sequence[Line]) -> list[str]:
 
 def _range_text(line: Line) -> str:
     low, high = _active_range(line)
-    return f"log SNR {low:.1f} to {high:.1f}".replace("-", "\N{MINUS SIGN}")
+    return f"log SNR {low:z.1f} to {high:z.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _active_range(line: Line) -> Point:

@@ -21,7 +21,9 @@ from engine.sources import open_images
 from eval.variants import samplings
 from generator.autoregressive import build_network
 from generator.config import AutoregressiveConfig, DiffusionConfig
+from generator.curriculum import Curriculum
 from generator.diffusion import build_denoiser
+from generator.schedule import build_schedule
 from generator.train import reads_codes
 from tokenizer.adversary import passes_per_step
 from tokenizer.config import TokenizerConfig
@@ -71,7 +73,8 @@ def dry_run(experiment: Experiment) -> str:
     The number of processes is WORLD_SIZE's, as torchrun sets it.
 
     Raises:
-        ValueError: sizes that do not fit each other, or a batch that processes and parts do not divide.
+        ValueError: sizes that do not fit each other, a batch that processes and parts do not divide, or clusters of
+            noise levels that the schedule does not draw from.
     """
     run, world = experiment.run, int(os.environ.get("WORLD_SIZE", "1"))
     classes, origin = num_classes(experiment)
@@ -95,6 +98,12 @@ def dry_run(experiment: Experiment) -> str:
         head.append("the tokenizer's encoder and bottleneck are frozen: they count forwards alone, its decoder in full")
     if experiment.autoregressive is not None and not reads_codes(experiment.autoregressive):
         head.append("each autoregressive step encodes its images: that and the frozen tokenizer's weights are counted")
+    if experiment.diffusion is not None and experiment.diffusion.curriculum.least_steps:
+        curriculum, steps = experiment.diffusion.curriculum, experiment.diffusion.train.steps
+        head.append(
+            f"the curriculum takes at least {curriculum.least_steps:,} of the {steps:,} diffusion steps before the last"
+            f" of its {curriculum.num_clusters} stages, which trains all noise levels"
+        )
     return "\n".join([*head, "", *table([stage.name for stage in stages], columns), "", *where(experiment)])
 
 
@@ -154,6 +163,8 @@ def generator_stage(
     labels, tokens = torch.empty(1, dtype=torch.int64), math.prod(card["grid"])
     if isinstance(family, AutoregressiveConfig):
         return autoregressive_stage(name, family, card, tokenizer)
+    with torch.device("cpu"):  # where its numbers are computed; refuses clusters without draws before any training
+        Curriculum(family.curriculum, build_schedule(family.schedule), steps=family.train.steps)
     dit, latents = build_denoiser(family.model, card), torch.empty(1, *card["latent_shape"])
     inputs, tokens = (latents, torch.empty(1), labels), tokens // family.model.patch_size**2
     return Stage(name=name, network=dit, inputs=inputs, loss=denoising, tokens=tokens, train=family.train)

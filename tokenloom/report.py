@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from engine.checkpoint import write_atomic
 from eval.protocol import Record, code_version
 from tokenloom import curves, gallery, page
+from tokenloom.curriculum_curves import of_curriculum
 from tokenloom.run_files import FAMILIES, STAGES, RunFiles
 from tokenloom.score_table import TITLES, features_of, find, kind_of, score_tables, share_text, written
 
@@ -27,8 +28,6 @@ CHAPTERS = {
     "configuration": "Configuration",
 }
 INTROS = {
-    "training": "Clusters are parts of the noise levels of diffusion, 1 the least noisy. A shaded column covers the "
-    "steps since the one before; the loss of a cluster is shaded against the first that was logged of it.",
     "codes": "A tokenizer that leaves codes unused wastes its vocabulary. Perplexity is the number of equally frequent "
     "codes that would carry as much information.",
     "probe": "How well a linear classifier tells the classes apart from frozen activations. The tap in the ring was "
@@ -36,6 +35,10 @@ INTROS = {
     "scores": "Arrows say which way is better. `tokenloom compare` holds runs against each other and refuses unlike "
     "protocols.",
 }
+CLUSTERS = (
+    "Clusters are parts of the noise levels, 1 the least noisy. A shaded column covers the steps since the one before;"
+    " the loss of a cluster is shaded against the first that was logged of it."
+)
 BASELINES = {"pixels": "raw pixels", "autoregressive_random": "untrained"}  # of the probe, and what a figure calls them
 CLASSIFIERS = {
     "classifier": "behind features and class accuracy",
@@ -171,6 +174,8 @@ def _training(run: RunFiles, stage: str) -> str:
     rest = "".join(curves.other_panels(run, stage))
     more = f'<details><summary>More curves</summary><div class="charts">{rest}</div></details>' if rest else ""
     opening = f'{title} <span class="soft">{state}{curves.throughput(run, stage)}</span></h3>'
+    clustered = any(of_curriculum(key) for line in run.metrics(stage) for key in line)
+    opening += f'<p class="soft">{CLUSTERS}</p>' if clustered else ""
     return f'{opening}<div class="charts">{"".join(panels)}{strip}</div>{more}'
 
 

@@ -146,11 +146,18 @@ def test_the_mean_over_the_parts_moves_the_stages_not_one_part(
 def test_tensorboard_shows_the_stage_and_what_is_drawn(run: RunConfig, device: Device) -> None:
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     fixed = CurriculumConfig(kind="easy_to_hard", num_clusters=2, pacing="fixed", stage_steps=2)
-    folder = train(dataclasses.replace(run, tensorboard=True), device, steps=4, log_every=2, curriculum=fixed)
+    run = dataclasses.replace(run, tensorboard=True)
+    folder = train(run, device, steps=4, preview_every=4, curriculum=fixed)
     events = reader.EventAccumulator(str(folder / "tensorboard"), {"histograms": 0})  # all of them
     events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("curriculum/stage")] == [(2, 2), (4, 2)]
-    first, second = (event.histogram_value for event in events.Histograms("curriculum/draws"))
+    stages = [(event.step, event.value) for event in events.Scalars("curriculum/stage")]
+    assert stages == [(1, 1), (2, 2), (3, 2), (4, 2)]
+    told = {key: [event.value for event in events.Scalars(key)] for key in events.Tags()["scalars"]}
+    assert told["curriculum/lowest_logsnr"] == pytest.approx([-MAX_LOGSNR] * 4)
+    assert told["curriculum/highest_logsnr"] == pytest.approx([0, *[MAX_LOGSNR] * 3], abs=1e-4)
+    assert [len(told[f"loss_cluster_0{number}"]) for number in (1, 2)] == [2, 4]
+    assert [len(told[f"validation/loss_cluster_0{number}"]) for number in (1, 2)] == [1, 1]
+    first, *_, second = (event.histogram_value for event in events.Histograms("curriculum/draws"))
     assert list(LOGSNR_EDGES[1:]) == first.bucket_limit == second.bucket_limit
     above = LOGSNR_EDGES.index(0)  # the first bin above log SNR 0, where the first stage ends
     assert sum(first.bucket[above:]) == 0 < sum(second.bucket[above:])
@@ -242,13 +249,41 @@ def test_killed_within_a_stage_and_resumed_equals_uninterrupted(
     assert load_generator(killed, "diffusion").sample(None, [0], num_steps=1).isfinite().all()
 
 
+def test_a_training_that_ended_within_a_stage_goes_on_there_when_steps_are_raised(
+    run: RunConfig, device: Device
+) -> None:
+    """As the longer training does."""
+    whole = train(run, device, "whole", checkpoint_every=1)
+    stages = [line["curriculum/stage"] for line in lines(whole)]
+    end = next(step for step in range(EASY.least_steps + 1, STEPS) if stages[step - 2] == stages[step - 1] < 4)
+    with pytest.warns(UserWarning, match=f"the training ended in stage {stages[end - 1]} of 4"):
+        raised = train(run, device, "raised", steps=end, preview_every=end)
+    assert load_model(raised)[0]["train"]["steps"] == end
+    assert train(run, device, "raised") == raised
+    assert lines(raised) == lines(whole)
+    ends = [load_checkpoint(folder / "checkpoints") for folder in (whole, raised)]
+    assert same(*ends)
+
+
+def test_another_curriculum_does_not_resume(run: RunConfig, device: Device) -> None:
+    fixed = CurriculumConfig(kind="easy_to_hard", num_clusters=4, pacing="fixed", stage_steps=2)
+    train(run, device, steps=7, preview_every=0, curriculum=fixed)
+    for changed, told in (
+        (dataclasses.replace(fixed, stage_steps=1), r"diffusion\.curriculum\.stage_steps: 2 -> 1"),
+        (dataclasses.replace(fixed, kind="anti"), r"diffusion\.curriculum\.kind: 'easy_to_hard' -> 'anti'"),
+        (CurriculumConfig(num_clusters=4), r"diffusion\.curriculum\.kind: 'easy_to_hard' -> 'uniform'"),
+    ):
+        with pytest.raises(ValueError, match=rf"(?s)begun with another configuration.*{told}"):
+            train(run, device, steps=7, preview_every=0, curriculum=changed)
+
+
 # The end
 
 
 # With no patience and no smoothing each loss above the one before begins a stage; the first of a stage never does.
 UNFINISHED = {
-    "easy to hard": ("easy_to_hard", [1, 2, 1, 0, -1, -2, -3, -4], r"stage 2 of 4 .* above -?0\.0 .*1 \.\. 2"),
-    "anti": ("anti", [1, 2, 1, 0, -1, -2, -3, -4], r"stage 2 of 4 .* below -?0\.0 .*3 \.\. 4"),
+    "easy to hard": ("easy_to_hard", [1, 2, 1, 0, -1, -2, -3, -4], r"stage 2 of 4 .* above 0\.0 .*1 \.\. 2"),
+    "anti": ("anti", [1, 2, 1, 0, -1, -2, -3, -4], r"stage 2 of 4 .* below 0\.0 .*3 \.\. 4"),
     "begins after the last step": ("easy_to_hard", [1, 2, 1, 2, 1, 0, -1, 2], r"stage 3 of 4 .* above 1\.8 .*1 \.\. 1"),
 }
 

@@ -121,6 +121,24 @@ def test_estimate_is_exact_where_noise_does_not_join_the_points() -> None:
     assert expected > 10 and found.value == pytest.approx(expected, rel=0.005)
 
 
+@pytest.mark.parametrize("pair", [(-2.0, 0.0), (-1.0, 1.0), (-1.0, 2.0), (0.0, 3.0)])
+def test_corners_of_a_cube_have_the_sum_over_their_axes(pair: tuple[float, float]) -> None:
+    """Components overlap, and the larger steps change much: 0.1 to 23 nats, on each axis by quadrature."""
+    dim, x = 10, torch.linspace(-40, 40, 20_001, dtype=torch.float64)
+
+    def log_density(level: float) -> torch.Tensor:
+        a, s = COORDINATES["vp"](torch.tensor(level, dtype=torch.float64))
+        both = torch.logaddexp(-(x - a).square() / (2 * s**2), -(x + a).square() / (2 * s**2))
+        return both - torch.log(2 * s * math.sqrt(2 * math.pi))
+
+    noisier, cleaner = map(log_density, pair)
+    expected = dim * float(torch.trapezoid(noisier.exp() * (noisier - cleaner), x))
+    corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * dim)
+    for seed in (1, 2):
+        found = mixture_divergence(*pair, corners, path="vp", draws=1024, generator=seeded(seed))
+        assert abs(found.value - expected) < 3 * found.error and found.error < 0.1 * expected
+
+
 def test_estimate_does_not_depend_on_the_size_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     points = torch.randn(30, 4, dtype=torch.float64, generator=seeded())
     whole = mixture_divergence(-1.0, -0.9, points, path="vp", draws=50, generator=seeded())

@@ -45,6 +45,11 @@ def test_a_loss_that_stays_equal_is_never_an_improvement(smoothing: float) -> No
         assert stages(pacing, [loss] * 130) == [1] * 42 + [2] * 42 + [3] * 42 + [4] * 4
 
 
+def test_rounding_is_no_improvement_of_a_raw_loss() -> None:
+    """7.93 + (0.82 - 7.93) lies above 0.82."""
+    assert stages(build(patience=1, smoothing=0.0), [7.93, 0.82, 0.82, 0.82, 0.82]) == [1, 1, 1, 1, 2]
+
+
 def test_an_improvement_begins_the_patience_anew() -> None:
     pacing = build(patience=2, smoothing=0.0)
     assert stages(pacing, [5.0, 6.0, 6.0, 4.0, 6.0, 6.0]) == [1] * 6

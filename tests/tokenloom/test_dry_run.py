@@ -8,13 +8,16 @@ import pytest
 import torch
 
 from engine.config import DataConfig, TrainConfig
+from engine.device import setup
 from engine.flops import forward_flops
 from generator.config import (
     AutoregressiveConfig,
     AutoregressiveModelConfig,
+    CurriculumConfig,
     DenoiserModelConfig,
     DiffusionConfig,
     OrderConfig,
+    ScheduleConfig,
 )
 from tokenizer.config import QuantizerConfig, TokenizerConfig, TokenizerLossConfig, TokenizerModelConfig
 from tokenizer.encode import encode_flops
@@ -22,6 +25,7 @@ from tokenizer.model import Tokenizer, count_parameters
 from tokenizer.perceptual import open_perceptual
 from tokenloom.dry_run import Stage, build_stages, dry_run, encoded_splits, memory, quantity, stage_facts
 from tokenloom.experiment import Experiment, load_experiment
+from tokenloom.pipeline import check
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 
@@ -94,6 +98,31 @@ def test_accumulation_and_a_missing_average_save_memory(digits: Experiment) -> N
     assert cells(text, "  images at a time") == ["8", "64", "64"]
     parameters = count_parameters(Tokenizer(digits.tokenizer.model, image_size=32))
     assert cells(text, "  weights, gradients, AdamW, EMA")[0] == memory(16 * parameters)
+
+
+def with_diffusion(experiment: Experiment, **changes: Any) -> Experiment:
+    assert experiment.diffusion is not None
+    return dataclasses.replace(experiment, diffusion=dataclasses.replace(experiment.diffusion, **changes))
+
+
+def test_it_tells_how_long_a_curriculum_takes_at_least(digits: Experiment) -> None:
+    assert digits.diffusion is not None
+    steps = digits.diffusion.train.steps
+    easy = CurriculumConfig(kind="easy_to_hard", num_clusters=10, patience=3)
+    told = f"the curriculum takes at least 45 of the {steps:,} diffusion steps before the last of its 10 stages"
+    assert told in dry_run(with_diffusion(digits, curriculum=easy))
+    assert "curriculum" not in dry_run(digits)
+
+
+def test_clusters_that_the_schedule_does_not_fill_are_refused_before_any_training(digits: Experiment) -> None:
+    """DDPM moved far towards data has no draws at high noise."""
+    curriculum = CurriculumConfig(clusters="noise_level")
+    wanting = with_diffusion(digits, schedule=ScheduleConfig(kind="ddpm", location=40.0), curriculum=curriculum)
+    said = r"curriculum\.clusters=noise_level with num_clusters=20 leaves clusters .*: use fewer, or clusters=time"
+    with pytest.raises(ValueError, match=said):
+        dry_run(wanting)
+    with pytest.raises(ValueError, match=said):
+        check(wanting, setup(digits.run))
 
 
 # Peebles & Xie (2023), table 1: parameters in millions, operations in billions of multiply-adds.

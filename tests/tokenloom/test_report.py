@@ -225,6 +225,7 @@ def test_a_curriculum_is_drawn_over_time(full: Page):
         "Loss on test latents, along the clusters. step 40: from 1 to 8, 8 points",
     )
     assert [each for each in told if not any(chart.startswith(each) for chart in full.charts)] == []
+    assert "Clusters are parts of the noise levels" in full.words
 
 
 @pytest.mark.parametrize("num_clusters", [1, 5, 20, 100])
@@ -249,6 +250,7 @@ def test_a_run_without_stages_shows_one(tmp_path: Path):
 
 def test_a_log_of_earlier_versions_still_makes_a_report(tmp_path: Path):
     charts = diffusion_charts(tmp_path, curve("loss", "loss_quarter_1", "loss_quarter_4"))
+    assert "Clusters" not in (tmp_path / "report.html").read_text()
     assert not any("curriculum" in chart or "cluster" in chart or "Noise" in chart for chart in charts)
     assert {chart.partition(". ")[0] for chart in charts} >= {"Loss", "loss quarter 1", "loss quarter 4"}
 
