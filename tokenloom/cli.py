@@ -235,7 +235,9 @@ def _speed(experiment: Experiment, device: Device, _: argparse.Namespace) -> Non
 
 def _study(words: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="tokenloom study", add_help=False, allow_abbrev=False)
-    parser.add_argument("--only", default="", help="these rows alone, separated by commas")
+    parser.add_argument(
+        "--only", default="", help="these rows alone, separated by commas, and those whose networks they take"
+    )
     parser.add_argument("--seeds", default="", help="these seeds alone, separated by commas")
     parser.add_argument("--dry-run", action="store_true", help="tell rows, steps, FLOPs and time, train nothing")
     parser.add_argument("--report-only", action="store_true", help="write the results of what is there, train nothing")

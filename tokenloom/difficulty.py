@@ -12,22 +12,25 @@ from typing import Any
 
 from engine.checkpoint import write_atomic, write_json
 from eval.statistics import Estimate
+from tokenloom.difficulty_entropies import Entropies
 from tokenloom.difficulty_measures import (
+    HELD_OUT,
     SHARE,
     Cluster,
     Convergence,
     Difficulty,
-    Entropies,
-    copies,
+    check_copies,
     measure,
     over_seeds,
 )
 from tokenloom.difficulty_plot import difficulty_plot
-from tokenloom.rank_order import Order
-from tokenloom.score_table import kind_of, written
+from tokenloom.rank_order import MOST_EXACT, RANDOM_ORDERS, Order
+from tokenloom.score_table import written
 from tokenloom.study_config import StudyConfig
 from tokenloom.study_course import course
+from tokenloom.study_markdown import markdown_table
 from tokenloom.study_plan import Row, Run
+from tokenloom.study_statistics import stated
 
 SIGNIFICANT = 0.05
 ERRORS = 3.0  # standard errors by which neighbouring levels must differ to count as risen or fallen
@@ -37,7 +40,7 @@ DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 def check_difficulty(study: StudyConfig, rows: Sequence[Row]) -> None:
     """Raise ValueError if a study asks for the difficulty of clusters that its rows do not train one by one."""
     if study.difficulty:
-        copies(rows)
+        check_copies(study, rows)
 
 
 def write_difficulty(
@@ -73,9 +76,11 @@ def told_shape(found: Entropies) -> str:
     changes = [after.value - before.value for before, after in steps]
     rises = sum(change > reach for change, reach in zip(changes, reaches, strict=True))
     falls = sum(change < -reach for change, reach in zip(changes, reaches, strict=True))
-    if not rises and falls:
+    if not rises and not falls:
+        shape = "shows no change with noise beyond its errors"
+    elif not rises:
         shape = "falls with noise throughout"
-    elif not falls and rises:
+    elif not falls:
         shape = "rises with noise throughout"
     else:
         counts = f"of {len(steps)} steps between neighbouring levels {rises} rise and {falls} fall"
@@ -88,7 +93,7 @@ def told_shape(found: Entropies) -> str:
 
 def conclusions(told: Difficulty) -> list[str]:
     """One sentence for each measure."""
-    sentences = [told_order(each.order, _name(each)) for each in _measures(told)]
+    sentences = [told_order(each.order, each.label) for each in _measures(told)]
     return sentences + ([told_shape(told.entropies)] if told.entropies else [])
 
 
@@ -122,16 +127,16 @@ def difficulty_markdown(told: Difficulty, *, title: str) -> str:
 def _cluster_json(told: Difficulty, cluster: Cluster) -> dict[str, Any]:
     found: dict[str, Any] = {"row": cluster.row, "times": list(cluster.times), "log_snrs": list(cluster.levels)}
     for each in _measures(told):
-        curve = {str(step): _stated(mean) for step, mean in course(each.curves(cluster.number)).items()}
+        curve = {str(step): stated(mean) for step, mean in course(each.curves(cluster.number)).items()}
         steps, falls = each.steps(cluster.number), each.falls(cluster.number)
         found[each.name] = {
             "normalised": curve,
             "steps_by_seed": {str(seed): value for seed, value in steps.items()},
-            "steps": _stated(over_seeds(steps)),
-            "fall": _stated(over_seeds(falls)),
+            "steps": stated(over_seeds(steps)),
+            "fall": stated(over_seeds(falls)),
         }
     if told.score is not None:
-        found["final_minus_fixed_model"] = _stated(told.gaps.get(cluster.number))
+        found["final_minus_fixed_model"] = stated(told.gaps.get(cluster.number))
     return found
 
 
@@ -154,13 +159,11 @@ def _table(told: Difficulty) -> str:
     """A line for each cluster, from the least noisy on."""
     head = ["cluster", "row", "time", "log SNR"]
     for each in _measures(told):
-        head += [f"steps to {SHARE:.0%} of the fall of the {_name(each)}"]
-        head += [f"fall of the {_name(each)}"] if each is told.score else []
-    head += [f"final {_name(told.score)} minus {told.fixed}"] if told.score and told.fixed else []
+        head += [f"steps to {SHARE:.0%} of the fall of the {each.label}"]
+        head += [f"fall of the {each.label}"] if each is told.score else []
+    head += [f"final {told.score.label} minus {told.fixed}"] if told.score and told.fixed else []
     head += ["relative entropy at its middle, nats"] if told.entropies else []
-    lines = [head, ["---", "---", *("--:" for _ in head[2:])]]
-    lines += [_line(told, cluster) for cluster in told.clusters]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table([head, *(_line(told, cluster) for cluster in told.clusters)], words=2)
 
 
 def _line(told: Difficulty, cluster: Cluster) -> list[str]:
@@ -198,15 +201,18 @@ def _told_convergence(told: Difficulty) -> str:
     parts = [
         "Each row trains on the levels of one cluster alone, 1 the least noisy. Its curve is normalised to its own"
         f" first and last value; converged is the first step, by interpolation, at which {SHARE:.0%} of that fall are"
-        " done, so that of a curve which hardly falls the steps say little."
+        " done. What came before the first value is not seen, and of a curve which hardly falls the steps say little."
     ]
+    if told.loss.name == HELD_OUT:
+        parts.append("The held-out loss is that of the averaged weights, which follow the trained ones.")
     if told.score is not None:
-        inside = f" inside the model of `{told.fixed}`, which stays fixed," if told.fixed else ""
-        parts.append(f"The {_name(told.score)} is that of samples for which the copy serves its own levels{inside} by"
-                     " snapshots of the copy.")  # fmt: skip
+        fixed = f"the model of `{told.fixed}`" if told.fixed else "another model"
+        parts.append(f"The {told.score.label} is that of samples for which snapshots of the copy serve its own levels"
+                     f" inside {fixed}, which stays fixed.")  # fmt: skip
+    few = len(told.clusters) <= MOST_EXACT
     parts.append(
-        "The order is tested by Kendall's tau between a cluster's number and its steps, mean over seeds, against all"
-        " renumberings of the clusters, alike for all seeds."
+        "The order is tested by Kendall's tau between a cluster's number and its steps, mean over seeds, against"
+        f" {'all' if few else f'{RANDOM_ORDERS:,} random'} renumberings of the clusters, alike for all seeds."
     )
     parts.append("Intervals are 95 % by Student's t over seeds." if len(seeds) > 1 else "One seed, hence no intervals.")
     return " ".join(parts)
@@ -227,18 +233,6 @@ def _told_entropies(told: Difficulty) -> str:
 
 def _measures(told: Difficulty) -> list[Convergence]:
     return [told.loss, *([told.score] if told.score else [])]
-
-
-def _name(measure: Convergence) -> str:
-    """What a measure is called in a sentence."""
-    return measure.name if "loss" in measure.name else kind_of(measure.name).label
-
-
-def _stated(found: tuple[Estimate, int] | None) -> dict[str, Any] | None:
-    if found is None:
-        return None
-    (value, interval), n = found
-    return {"value": value, "interval": list(interval) if interval else None, "n": n}
 
 
 def _signed(value: float) -> str:

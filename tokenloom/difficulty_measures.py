@@ -1,8 +1,8 @@
-"""Two measures of how hard the noise levels of a study are, both of Kim et al. (2025, arXiv:2403.10348, section 3).
+"""Two measures of how hard the noise levels of a study are, both of Kim et al. (2025, arXiv:2403.10348).
 
 How soon a copy of the model converges that trains on one cluster of levels alone, by its loss and by the score of its
 samples where it serves these levels inside another, fixed model; and the relative entropy of consecutive marginals of
-the noising. Clusters are numbered from 1, the least noise.
+the noising (`difficulty_entropies`). Clusters are numbered from 1, the least noise.
 """
 
 from __future__ import annotations
@@ -12,16 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from engine.log import progress
 from eval.statistics import Estimate
-from generator.config import DiffusionConfig
-from generator.curriculum import Curriculum
-from generator.marginals import Measured, even_times, gaussian_divergence, mixture_divergence, principal
-from generator.schedule import build_schedule
-from tokenloom.rank_order import Order, kendall_tau, rank_order
+from tokenloom.difficulty_entropies import Entropies, curriculum_of, entropies_on_disk
+from tokenloom.rank_order import Order, rank_order
 from tokenloom.run_files import RunFiles
+from tokenloom.score_table import kind_of
 from tokenloom.study_config import StudyConfig
 from tokenloom.study_course import Line, line_of
 from tokenloom.study_jobs import finished
@@ -30,8 +26,7 @@ from tokenloom.study_statistics import mean_interval, paired_difference
 
 SHARE = 0.9  # of its whole fall, after which a curve counts as converged
 REACH = 2  # lines of the log on each side that smooth a training loss
-LEVELS, FIRST_STEPS = 33, (1, 2, 4, 8, 16)  # where the relative entropy is looked at, beside the middle of each cluster
-LATENTS, DRAWS = 2000, 1000
+HELD_OUT = "held-out loss"
 Lines = dict[int, dict[int, Line]]
 """Curves by cluster and seed."""
 
@@ -55,6 +50,11 @@ class Convergence:
     name: str
     lines: Lines
 
+    @property
+    def label(self) -> str:
+        """What it is called in a sentence."""
+        return self.name if "loss" in self.name else kind_of(self.name).label
+
     def steps(self, cluster: int) -> dict[int, float]:
         """Training steps until SHARE of the fall, by seed; seeds whose curve does not fall are left out."""
         found = {seed: steps_to_fall(line) for seed, line in self.lines.get(cluster, {}).items()}
@@ -62,7 +62,7 @@ class Convergence:
 
     def falls(self, cluster: int) -> dict[int, float]:
         """First value minus last, by seed."""
-        ends = {seed: list(line.values()) for seed, line in self.lines.get(cluster, {}).items()}
+        ends = {seed: list(line.values()) for seed, line in self.lines.get(cluster, {}).items() if line}
         return {seed: values[0] - values[-1] for seed, values in ends.items()}
 
     def curves(self, cluster: int) -> list[Line]:
@@ -80,27 +80,6 @@ class Convergence:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entropies:
-    """KL(q(x_t) || q(x_{t-1})) at times of the schedule, rising, between T even ones, in nats."""
-
-    times: list[float]
-    clusters: list[int]
-    estimates: list[Measured]
-    """Of the mixture that the latents make."""
-    gaussian: list[float]
-    """Closed form for a Gaussian with the latents' mean and covariance."""
-    middles: dict[int, int]
-    """Index of the middle of each cluster."""
-    num_latents: int
-    dim: int
-
-    @property
-    def tau(self) -> float:
-        """Kendall's tau between time and the estimate."""
-        return kendall_tau([each.value for each in self.estimates])
-
-
-@dataclass(frozen=True, kw_only=True)
 class Difficulty:
     """All that is told of a study's noise levels."""
 
@@ -114,6 +93,20 @@ class Difficulty:
     """The row of the fixed model."""
     entropies: Entropies | None
     missing: list[str]
+
+
+def check_copies(study: StudyConfig, rows: Sequence[Row]) -> None:
+    """Raise ValueError unless the rows train clusters one by one, and draw the scored samples inside one model.
+
+    As `copies`; without `outside` a copy would draw samples from levels that it was not trained on.
+    """
+    found = copies(rows)
+    outside = {row.experiment.diffusion.sample.outside for row in found.values() if row.experiment.diffusion}
+    if study.curve.score is not None and (len(outside) > 1 or None in outside):
+        told = "set diffusion.sample.outside of all rows of one cluster to one model, such as row:<name>"
+        raise ValueError(
+            f"study.difficulty=true with study.curve.score={study.curve.score} scores copies inside one model: {told}"
+        )
 
 
 def copies(rows: Sequence[Row]) -> dict[int, Row]:
@@ -146,12 +139,14 @@ def measure(study: StudyConfig, rows: Sequence[Row], runs: Sequence[Run], left_o
     clusters = [_cluster(number, row) for number, row in found.items()]
     of_rows = {number: [run for run in done if run.row == row.name] for number, row in found.items()}
     fixed = fixed_row(found)
-    entropies = _entropies(found[clusters[0].number], done)
-    missing = _missing(found, runs, done, fixed)
+    entropies = entropies_on_disk(found[clusters[0].number], done)
+    loss, score = losses(of_rows), _scores(study, of_rows)
+    level = [*_level(loss, of_rows), *(_level(score, of_rows) if score else [])]
+    missing = [*_missing(found, runs, done, fixed), *level]
     if entropies is None:
         missing.append("relative entropy: no latents on disk")
     return Difficulty(
-        clusters=clusters, loss=losses(of_rows), score=_scores(study, of_rows),
+        clusters=clusters, loss=loss, score=score,
         gaps=_gaps(study, of_rows, [run for run in done if run.row == fixed]),
         fixed=fixed, entropies=entropies, missing=missing,
     )  # fmt: skip
@@ -176,7 +171,7 @@ def losses(runs: Mapping[int, Sequence[Run]]) -> Convergence:
             held_out[number][run.seed] = _values(lines, f"validation/loss_cluster_{number:02d}")
             trained[number][run.seed] = smoothed(_values(lines, "loss"))
     if all(len(line) > 1 for by_seed in held_out.values() for line in by_seed.values()):
-        return Convergence(name="held-out loss", lines=held_out)
+        return Convergence(name=HELD_OUT, lines=held_out)
     return Convergence(name="training loss, smoothed", lines=trained)
 
 
@@ -244,60 +239,14 @@ def _values(lines: Sequence[Mapping[str, object]], key: str) -> Line:
     return dict(sorted(finite.items()))
 
 
-# Relative entropy
-
-
-def _entropies(copy: Row, done: Sequence[Run]) -> Entropies | None:
-    """Of the latents that the runs were trained on; None if there are none on disk."""
-    shards = next((found for run in done if (found := RunFiles(run.folder).codes("train"))), None)
-    if shards is None:
-        return None
-    number = min(LATENTS, len(shards))
-    batch = shards.load(np.arange(number) * len(shards) // number)
-    if "latents" not in batch:
-        return None
-    assert copy.experiment.diffusion is not None
-    return relative_entropies(copy.experiment.diffusion, batch["latents"].flatten(1))
-
-
-def relative_entropies(config: DiffusionConfig, latents: torch.Tensor, *, draws: int = DRAWS) -> Entropies:
-    """Relative entropies of consecutive marginals of latents [M, D] on the path and the schedule of a configuration."""
-    curriculum = _curriculum(config)
-    times, levels = even_times(curriculum.schedule)  # [T], falling
-    middles = {
-        config.curriculum.num_clusters - index: round(float(1 - middle) * (len(times) - 1))
-        for index, middle in enumerate((curriculum.edges[:-1] + curriculum.edges[1:]) / 2)
-    }
-    spread = np.linspace(1, len(times) - 1, LEVELS).round().astype(int).tolist()
-    looked = [at for at in sorted({*spread, *FIRST_STEPS, *middles.values()}) if levels[at] < levels[at - 1]]
-    index = torch.tensor(looked)
-    variances, means = principal(latents)
-    gaussian = gaussian_divergence(levels[index], levels[index - 1], variances, means, path=config.path)
-    generator, estimates = torch.Generator().manual_seed(0), list[Measured]()
-    with progress(total=len(looked), title="relative entropy", unit="level") as bar:
-        for at in looked:
-            pair = float(levels[at]), float(levels[at - 1])
-            estimates.append(mixture_divergence(*pair, latents, path=config.path, draws=draws, generator=generator))
-            bar.update(1)
-    places = {number: looked.index(at) for number, at in middles.items() if at in looked}
-    return Entropies(
-        times=times[index].tolist(), clusters=curriculum.cluster_of(levels[index]).tolist(), estimates=estimates,
-        gaussian=gaussian.tolist(), middles=places, num_latents=len(latents), dim=latents.shape[1],
-    )  # fmt: skip
-
-
 # Clusters
 
 
 def _cluster(number: int, row: Row) -> Cluster:
     assert row.experiment.diffusion is not None
-    curriculum = _curriculum(row.experiment.diffusion)
+    curriculum = curriculum_of(row.experiment.diffusion)
     low, high = curriculum.active
     return Cluster(number=number, row=row.name, times=(1 - high, 1 - low), levels=curriculum.active_levels(0))
-
-
-def _curriculum(config: DiffusionConfig) -> Curriculum:
-    return Curriculum(config.curriculum, build_schedule(config.schedule), steps=config.train.steps)
 
 
 def _axis(row: Row) -> tuple[object, ...]:
@@ -318,3 +267,10 @@ def _missing(found: Mapping[int, Row], runs: Sequence[Run], done: Sequence[Run],
         *(f"cluster {number}: no row trains it" for number in untrained),
         *(f"{name}: no result" for name in undone),
     ]
+
+
+def _level(measure: Convergence, runs: Mapping[int, Sequence[Run]]) -> list[str]:
+    """Runs whose curve does not fall, of which no steps can be told."""
+    told = f"its {measure.label} does not fall from its first value to its last, so that it has no steps"
+    level = [run for number, each in runs.items() for run in each if run.seed not in measure.steps(number)]
+    return [f"{run.name}: {told}" for run in level]

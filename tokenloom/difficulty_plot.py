@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
-from tokenloom.difficulty_measures import SHARE, Convergence, Difficulty, Entropies, over_seeds
-from tokenloom.score_table import kind_of
+from tokenloom.difficulty_entropies import Entropies
+from tokenloom.difficulty_measures import SHARE, Convergence, Difficulty, over_seeds
 from tokenloom.study_course import course
 
 COLOURS = "viridis"  # ordered, and told apart without colour vision
@@ -116,8 +116,7 @@ def _draw_entropies(axes: Axes, told: Difficulty, found: Entropies) -> None:
 
 
 def _label(measure: Convergence) -> str:
-    name = measure.name if "loss" in measure.name else kind_of(measure.name).label
-    return name[:1].upper() + name[1:]
+    return measure.label[:1].upper() + measure.label[1:]
 
 
 def _leave_out(axes: Axes, why: str) -> None:

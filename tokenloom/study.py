@@ -17,9 +17,11 @@ from tokenloom.report import BASELINES
 from tokenloom.study_config import StudyConfig, check_names, study_yaml
 from tokenloom.study_course import check_curve
 from tokenloom.study_jobs import carry_out, finished
+from tokenloom.study_json import results_json
+from tokenloom.study_markdown import results_markdown
 from tokenloom.study_plan import Row, Run, plan_rows, plan_runs, shared_run, tell_plan
 from tokenloom.study_plot import curves, number_at, plot
-from tokenloom.study_results import Found, gather, results_json, results_markdown
+from tokenloom.study_results import Found, gather
 from tokenloom.study_taken import with_taken, without_taken
 
 

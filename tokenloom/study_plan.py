@@ -214,7 +214,7 @@ def _row_lines(rows: Sequence[Row], times: Sequence[dict[str, Any]]) -> list[str
     lines: list[tuple[str, ...]] = [("row", "steps", "FLOP per run", "time per run", *extra, "what differs")]
     for row, each in zip(rows, times, strict=True):
         steps = " + ".join(f"{count:,}" for count in row.steps.values())
-        changes = ", ".join(f"{key.split('.')[-1]}={_short(value)}" for key, value in row.values.items())
+        changes = ", ".join(f"{_short_key(key)}={_short(value)}" for key, value in row.values.items())
         seconds = (clock(each["train"]), *((clock(each["sample"]),) if sampled else ()))
         lines.append((row.name, steps, quantity(row.flops, "FLOP"), *seconds, changes or "the base"))
     return _aligned(lines)
@@ -235,6 +235,12 @@ def _within_budget(row: Row, reference: Row) -> Row:
         section = dataclasses.replace(section, train=dataclasses.replace(section.train, steps=steps))
         experiment = dataclasses.replace(experiment, **{stage: section})
     return dataclasses.replace(row, experiment=experiment)
+
+
+def _short_key(key: str) -> str:
+    """Its last word; of a kind also what it is of."""
+    words = key.split(".")
+    return ".".join(words[-2:]) if words[-1] == "kind" else words[-1]
 
 
 def _short(value: Any) -> str:

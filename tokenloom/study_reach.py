@@ -17,10 +17,10 @@ from tokenloom.study_statistics import geometric_interval
 REACH_RULE = (
     "A run has reached the last score of the baseline's run of its seed at its first snapshot that is at least as "
     "good; between that and the snapshot before, scores are taken to follow a straight line. If its very first "
-    "snapshot is good enough, that one's step counts. The baseline goes by the same rule: where its own line ends "
-    "before the training does, its score had levelled off or swung, and to be there early says that much less. So "
-    "rows are held against that line, not against the whole training. The baseline always reaches its own last score; "
-    "a row that is just as good may miss it by chance. Means are geometric, with 95 % intervals by Student's t on "
+    "snapshot is good enough, that one's step counts. The baseline goes by the same rule, and rows are held against "
+    "its steps, not against its whole training: where it had its last score before its end, the score had levelled "
+    "off or swung, and to be there early says less. The baseline always reaches its own last score; a row that is "
+    "just as good may miss it by chance. Means are geometric, with 95 % intervals by Student's t on "
     "logarithms, paired by seed, bold where they leave out 1. A row that misses the score with any seed has no mean."
 )
 
@@ -30,13 +30,15 @@ class Reach:
     """A row against a baseline, over the seeds of which both have scores."""
 
     total: int
-    """Steps of the baseline's training."""
+    """Steps of the row's training."""
     steps: dict[int, float | None]
     """By seed, when the row has reached the final score of the baseline's run of that seed; None: it never has."""
     baseline_steps: dict[int, float]
     """By seed, when that run itself first had it."""
     price: float = 1.0
     """What a step of the row costs, in steps of the baseline."""
+    at_once: int = 0
+    """In how many seeds the row's first snapshot is good enough: it may have been so before."""
 
     @property
     def reached(self) -> int:
@@ -65,25 +67,26 @@ class Reach:
 
 
 def reach(
-    row: Mapping[int, Line], baseline: Mapping[int, Line], *, total: int, higher: bool, price: float = 1.0
+    row: Mapping[int, Line], baseline: Mapping[int, Line], *, last: int, total: int, higher: bool, price: float = 1.0
 ) -> Reach | None:
-    """A row's curves by seed against those of a baseline, whose last scores are those at the step `total`.
+    """A row's curves by seed against those of a baseline, whose last scores are those at the step `last`.
 
     Args:
+        total: steps of the row's training.
         higher: whether higher scores are better.
         price: what a step of the row costs, in steps of the baseline.
 
     Returns:
         None where no seed has the row's curve and the baseline's last score.
     """
-    seeds = [seed for seed in sorted(row) if row[seed] and total in baseline.get(seed, {})]
+    seeds = [seed for seed in sorted(row) if row[seed] and last in baseline.get(seed, {})]
     if not seeds:
         return None
-    targets = {seed: baseline[seed][total] for seed in seeds}
+    targets = {seed: baseline[seed][last] for seed in seeds}
     own = {seed: first_reached(baseline[seed], targets[seed], higher=higher) for seed in seeds}
+    steps = {seed: first_reached(row[seed], targets[seed], higher=higher) for seed in seeds}
     return Reach(
-        total=total, price=price,
-        steps={seed: first_reached(row[seed], targets[seed], higher=higher) for seed in seeds},
+        total=total, price=price, steps=steps, at_once=sum(steps[seed] == next(iter(row[seed])) for seed in seeds),
         baseline_steps={seed: step for seed, step in own.items() if step is not None},
     )  # fmt: skip
 
@@ -113,7 +116,7 @@ def told_reach(name: str, baseline: str, score: str, found: Reach | None) -> str
     if steps is None or speed_up is None:
         missed = f"in {seeds - found.reached} of {seeds} seeds" if seeds > 1 else "with its one seed"
         return f"`{name}` does not reach {goal} {missed}."
-    after = f"after {span(steps, '{:,.0f}')} of {found.total:,} steps"
+    after = f"after {span(steps, '{:,.0f}')} of {found.total:,} steps{_told_at_once(found)}"
     if name == baseline:
         return f"`{name}` itself first has its final {score} {after}."
     compared = f"{_times(speed_up)} {_sooner(speed_up.value, found.price)} than `{baseline}` itself"
@@ -130,6 +133,13 @@ def span(estimate: Estimate, form: str) -> str:
     """`700 (650 to 750)`, each number in the form."""
     low_high = " to ".join(form.format(bound) for bound in estimate.interval or ())
     return form.format(estimate.value) + (f" ({low_high})" if low_high else "")
+
+
+def _told_at_once(found: Reach) -> str:
+    if not found.at_once:
+        return ""
+    seeds = f"in {found.at_once} of {len(found.steps)} seeds " if len(found.steps) > 1 else ""
+    return f", {seeds}at the first snapshot already"
 
 
 def _times(speed_up: Estimate) -> str:

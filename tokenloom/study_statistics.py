@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import scipy.special
 
@@ -57,3 +58,11 @@ def paired_difference(
 def excludes_zero(estimate: Estimate) -> bool:
     """Whether the whole interval lies on one side of 0."""
     return estimate.interval is not None and (estimate.interval[0] > 0 or estimate.interval[1] < 0)
+
+
+def stated(result: tuple[Estimate, int] | None) -> dict[str, Any] | None:
+    """A mean, its interval and the number of its seeds, JSON-ready."""
+    if result is None:
+        return None
+    (value, interval), n = result
+    return {"value": value, "interval": list(interval) if interval else None, "n": n}

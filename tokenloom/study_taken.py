@@ -34,8 +34,13 @@ def check_taken(rows: Mapping[str, Experiment]) -> None:
         for key, provider in keys.items():
             where = f"study.rows.{name}.diffusion.sample.{key}={MARK}{provider}"
             check_names([provider], list(rows), where)
-            if rows[provider].diffusion is None:
+            diffusion = rows[provider].diffusion
+            if diffusion is None:
                 raise ValueError(f"{where}: the row {provider} trains no diffusion model; name another one")
+            if key == "outside" and diffusion.curriculum.kind == "single":
+                raise ValueError(
+                    f"{where}: the row {provider} trains on one cluster alone; name one that trains on all"
+                )
             if name in with_taken([provider], taken):
                 told = "itself" if provider == name else f"{provider}, which needs {name} first"
                 raise ValueError(f"{where}: {name} would wait for {told}; name a row that does not take {name}")

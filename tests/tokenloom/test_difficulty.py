@@ -16,12 +16,13 @@ import yaml
 
 from engine.config import RunConfig
 from engine.shards import ShardWriter
-from generator.config import CurriculumConfig, DiffusionConfig, ScheduleConfig
+from generator.config import CurriculumConfig, DiffusionConfig, DiffusionSampleConfig, ScheduleConfig
 from generator.marginals import Measured
 from tokenloom import study_jobs
 from tokenloom.cli import main
-from tokenloom.difficulty import check_difficulty, told_order, told_shape, write_difficulty
-from tokenloom.difficulty_measures import Entropies, normalised, relative_entropies, smoothed, steps_to_fall
+from tokenloom.difficulty import check_difficulty, difficulty_markdown, told_order, told_shape, write_difficulty
+from tokenloom.difficulty_entropies import Entropies, relative_entropies
+from tokenloom.difficulty_measures import Cluster, Convergence, Difficulty, normalised, smoothed, steps_to_fall
 from tokenloom.experiment import Experiment
 from tokenloom.rank_order import rank_order
 from tokenloom.study import tell
@@ -191,6 +192,7 @@ def test_the_shape_of_the_relative_entropy_is_computed() -> None:
     assert "not monotone in noise: of 3 steps between neighbouring levels 1 rise and 2 fall" in told
     assert "largest at time 0.25" in told
     assert "falls with noise throughout" in told_shape(shaped([8, 4, 2, 2.1], error=0.1))  # a rise within the errors
+    assert "shows no change with noise beyond its errors" in told_shape(shaped([2.2, 2, 2.1], error=0.1))
 
 
 def test_relative_entropy_of_ddpm_falls_and_of_edm_does_not() -> None:
@@ -241,7 +243,12 @@ def test_final_scores_are_held_against_the_fixed_model_by_seed(results: dict[str
     """4 against 5 and 6."""
     gap = results["clusters"]["1"]["final_minus_fixed_model"]
     assert gap["value"] == -1.5 and gap["interval"] == pytest.approx([-1.5 - 0.5 * 12.7062, -1.5 + 0.5 * 12.7062])
-    assert results["fixed_model"] == "full" and results["missing"] == []
+    assert results["fixed_model"] == "full"
+
+
+def test_curves_that_do_not_fall_are_named(results: dict[str, Any]) -> None:
+    told = "its Fréchet distance does not fall from its first value to its last, so that it has no steps"
+    assert results["missing"] == [f"part-3 seed {seed}: {told}" for seed in (0, 1)]
 
 
 def test_relative_entropy_is_that_of_the_latents_on_disk(results: dict[str, Any]) -> None:
@@ -263,6 +270,7 @@ def test_files_are_written_and_what_is_missing_is_named(plan: Plan) -> None:
     for line in ("cluster 4: no row trains it", "part-2 seed 0: no result", "full seed 1: no result"):
         assert f"\n- {line}\n" in told
     assert "relative entropy: no latents on disk" in told and "One seed, hence no intervals" in told
+    assert "against all renumberings" in told and "averaged weights" not in told
     assert "of the training loss, smoothed" in told and "| 2 | part-2 | 0.200 to 0.400 |" in told
     assert "| 1 | part-1 | 0.000 to 0.200 |" in told and "| −1.00 n=1 |" in told
     picture = (some.base.folder / "difficulty.png").read_bytes()
@@ -273,6 +281,23 @@ def test_a_study_that_has_not_begun_is_told_as_such(plan: Plan) -> None:
     told = plan.write()
     assert len(told["missing"]) == 13 and told["order"] == {"held-out loss": None, "fd": None}
     assert told["relative_entropy"] is None and "there are no two clusters that differ" in told["conclusions"][0]
+
+
+def test_a_run_without_a_log_has_no_fall(plan: Plan) -> None:
+    for run in plan.runs:
+        pretend(run)
+        write(run.folder / "diffusion" / "metrics.jsonl", "")
+    told = plan.write()
+    assert told["clusters"]["1"]["training loss, smoothed"]["fall"] is None
+    assert told["missing"][0].startswith("part-1 seed 0: its training loss, smoothed does not fall")
+
+
+def test_many_clusters_are_tested_on_random_renumberings() -> None:
+    clusters = [Cluster(number=n, row=f"part-{n}", times=(0.0, 1.0), levels=(0.0, 1.0)) for n in range(1, 10)]
+    loss = Convergence(name="held-out loss", lines={})
+    told = Difficulty(clusters=clusters, loss=loss, score=None, gaps={}, fixed=None, entropies=None, missing=[])
+    text = difficulty_markdown(told, title="Nine")
+    assert "against 20,000 random renumberings" in text and "averaged weights" in text
 
 
 def test_a_study_without_scores_over_training_tells_the_loss_alone(plan: Plan) -> None:
@@ -315,6 +340,16 @@ def test_rows_must_divide_one_noise_axis(plan: Plan) -> None:
         with pytest.raises(ValueError, match=message):
             check_difficulty(plan.study, rows)
     check_difficulty(dataclasses.replace(plan.study, difficulty=False), [full])
+
+
+@pytest.mark.parametrize("outside", [None, "runs/other"])
+def test_scored_copies_serve_inside_one_model(plan: Plan, outside: str | None) -> None:
+    sample = DiffusionSampleConfig(outside=outside)
+    rows = [*plan.rows[:-1], varied(plan.rows[-1], sample=sample)]
+    with pytest.raises(ValueError, match=r"set diffusion\.sample\.outside of all rows of one cluster to one model"):
+        check_difficulty(plan.study, rows)
+    loss = CurveConfig(stage="diffusion", metric="loss")
+    check_difficulty(dataclasses.replace(plan.study, curve=loss), rows)
 
 
 def test_a_dry_run_refuses_rows_that_do_not_fit(tmp_path: Path) -> None:
@@ -364,7 +399,8 @@ def test_the_study_runs_from_the_tokenizer_to_the_conclusions(tmp_path: Path, mo
     main(["study", "--config", str(CONFIG), *words])
     folder = tmp_path / "study-difficulty"
     told = json.loads((folder / "difficulty.json").read_text())
-    assert told["missing"] == [] and told["fixed_model"] == "full" and list(told["clusters"]) == list("12345")
+    assert all("does not fall" in each for each in told["missing"])
+    assert told["fixed_model"] == "full" and list(told["clusters"]) == list("12345")
     alone = final_score(folder / "full")
     for number, cluster in told["clusters"].items():
         assert list(cluster["held-out loss"]["normalised"]) in ([], ["8", "16", "24"])

@@ -42,7 +42,7 @@ def test_speed_ups_are_paired_by_seed_and_held_against_the_baselines_own_line() 
     """The baseline of seed 1 has its final 12 already at 300, so that 150 steps are twice as few, not 400 / 150."""
     baseline = {0: {200: 20.0, 400: 10.0}, 1: {200: 14.0, 300: 12.0, 400: 12.0}}
     row = {0: {100: 20.0, 200: 10.0}, 1: {100: 22.0, 200: 2.0}, 7: {100: 1.0}}
-    found = reach(row, baseline, total=400, higher=False)
+    found = reach(row, baseline, last=400, total=200, higher=False)
     assert found is not None
     assert found.steps == {0: 200.0, 1: 150.0} and found.baseline_steps == {0: 400.0, 1: 300.0}
     assert found.mean_steps is not None and found.mean_steps.value == pytest.approx(math.sqrt(200 * 150))
@@ -52,9 +52,19 @@ def test_speed_ups_are_paired_by_seed_and_held_against_the_baselines_own_line() 
 
 def test_a_baseline_against_itself_is_neither_sooner_nor_later() -> None:
     lines = {0: {1: 5.0, 2: 3.0}, 1: {1: 4.0, 2: 6.0}}
-    found = reach(lines, lines, total=2, higher=False)
+    found = reach(lines, lines, last=2, total=2, higher=False)
     assert found is not None and found.steps == {0: 2.0, 1: 1.0}
     assert found.speed_up == (1.0, (1.0, 1.0)) and not found.differs
+
+
+def test_a_score_that_the_first_snapshot_has_is_told_as_such() -> None:
+    baseline = {seed: {100: 20.0, 200: 10.0} for seed in range(3)}
+    row = {0: {100: 10.0, 200: 5.0}, 1: {100: 9.0, 200: 5.0}, 2: {100: 11.0, 200: 5.0}}
+    found = reach(row, baseline, last=200, total=200, higher=False)
+    assert found is not None and found.at_once == 2
+    assert "of 200 steps, in 2 of 3 seeds at the first snapshot already" in told_reach("row", "base", "fd", found)
+    found = reach({0: row[0]}, baseline, last=200, total=200, higher=False)
+    assert "after 100 of 200 steps, at the first snapshot already, 2.00" in told_reach("row", "base", "fd", found)
 
 
 def test_intervals_are_students_on_logarithms() -> None:
@@ -209,6 +219,7 @@ def test_more_flops_a_step_are_weighed(done: tuple[Found, dict[str, Any], str], 
     found = Found(study=study, rows=rows, seeds=[0, 1], lines=lines, **empty).reach("b", "a")
     assert price > 1.3 and found is not None and found.speed_up is not None
     assert found.speed_up.value == pytest.approx(1.5 / price)
+    assert found.total == rows[1].steps["diffusion"] < rows[0].steps["diffusion"]  # the row's own
 
 
 def test_without_a_score_over_steps_there_is_nothing_to_reach(tmp_path: Path) -> None:

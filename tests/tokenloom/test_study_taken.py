@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from engine.config import changed
-from generator.config import DiffusionConfig, DiffusionSampleConfig
+from generator.config import CurriculumConfig, DiffusionConfig, DiffusionSampleConfig
 from tokenloom import study_jobs
 from tokenloom.experiment import Experiment
 from tokenloom.study import check_samples, run_study, tell
@@ -178,6 +178,7 @@ def test_only_takes_its_networks_along(tmp_path: Path, calls: list[str]) -> None
 def test_a_dry_run_tells_which_row_comes_first(tmp_path: Path) -> None:
     told = tell(*loaded(tmp_path, rows={name: ROWS[name] for name in ("copy", "weak", "full")}), only=["copy"])
     assert "2 rows x 2 seeds (0, 1) = 4 runs, 4 not done" in told and "outside=row:full" in told
+    assert "curriculum.kind=single, num_clusters=2" in told
     assert "full comes first: its network is taken in the sampling of copy" in told
 
 
@@ -210,6 +211,12 @@ def taking(**providers: str | None) -> dict[str, Experiment]:
     return {name: Experiment(diffusion=DiffusionConfig(sample=sample)) for name, sample in samples.items()}
 
 
+def alone(outside: str) -> Experiment:
+    """An experiment that trains one cluster alone."""
+    curriculum, sample = CurriculumConfig(kind="single"), DiffusionSampleConfig(outside=outside)
+    return Experiment(diffusion=DiffusionConfig(curriculum=curriculum, sample=sample))
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -220,6 +227,7 @@ def taking(**providers: str | None) -> dict[str, Experiment]:
         (taking(full=None, copy="copy"), "guide=row:copy: copy would wait for itself"),
         (taking(a="b", b="c", c="a"), "study.rows.a.diffusion.sample.guide=row:b: a would wait for b, which needs a"),
         ({**taking(copy="codes"), "codes": Experiment()}, "the row codes trains no diffusion model"),
+        ({"copy": alone("row:other"), "other": alone("runs/full")}, "the row other trains on one cluster alone"),
     ],
 )
 def test_a_network_that_cannot_be_taken_is_named(rows: dict[str, Experiment], message: str) -> None:
