@@ -209,4 +209,4 @@ def draws_by_logsnr(logsnr: Tensor) -> Tensor:
 def mean_losses(sums: list[float], draws: list[float]) -> dict[str, float]:
     """Mean loss of each cluster, 01 the least noisy; a cluster that was not drawn from has none."""
     pairs = enumerate(zip(sums, draws, strict=True), start=1)
-    return {f"loss_cluster_{number:02d}": total / count for number, (total, count) in pairs if count > 0}
+    return {f"loss_cluster/{number:02d}": total / count for number, (total, count) in pairs if count > 0}

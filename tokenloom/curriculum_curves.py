@@ -13,7 +13,7 @@ from tokenloom.charts import Chart, Point, Series, linear_ticks
 from tokenloom.heat_map import HeatMap, shade_levels
 from tokenloom.panels import MAX_DOTS, Curve, Line, Panel, drawn, number_of
 
-CLUSTER_KEY = re.compile(r"(validation/|)loss_cluster_(\d+)")
+CLUSTER_KEY = re.compile(r"(validation/|)loss_cluster/(\d+)")
 CLUSTER_TONES = ("extra-1", "tokenizer", "extra-2", "diffusion", "autoregressive", "plain")
 MAX_COLUMNS = 60  # of a heat map
 SHARE_LEVELS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0)  # per cent of the draws, at which the shade of a heat map changes
@@ -92,7 +92,7 @@ def _draws_panel(lines: Sequence[Line]) -> list[str]:
 
 def _cluster_panels(lines: Sequence[Line], prefix: str, title: str, num_clusters: int) -> list[str]:
     """Curves of a few clusters; of many a heat map over time, and on test latents a profile over all clusters."""
-    keys = {number: f"{prefix}loss_cluster_{number:02d}" for number in range(1, num_clusters + 1)}
+    keys = {number: f"{prefix}loss_cluster/{number:02d}" for number in range(1, num_clusters + 1)}
     told = [line for line in lines if any(math.isfinite(number_of(line, key)) for key in keys.values())]
     found = [number for number, key in keys.items() if any(math.isfinite(number_of(line, key)) for line in told)]
     if not found:

@@ -168,7 +168,7 @@ def losses(runs: Mapping[int, Sequence[Run]]) -> Convergence:
     for number, each in runs.items():
         for run in each:
             lines = RunFiles(run.folder).metrics("diffusion")
-            held_out[number][run.seed] = _values(lines, f"validation/loss_cluster_{number:02d}")
+            held_out[number][run.seed] = _values(lines, f"validation/loss_cluster/{number:02d}")
             trained[number][run.seed] = smoothed(_values(lines, "loss"))
     if all(len(line) > 1 for by_seed in held_out.values() for line in by_seed.values()):
         return Convergence(name=HELD_OUT, lines=held_out)

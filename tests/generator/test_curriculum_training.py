@@ -111,7 +111,7 @@ def test_the_log_tells_the_stages_that_the_losses_lead_to(run: RunConfig, device
             assert share == 0 or (left + 1 > low and left < high)
         stage = before["curriculum/stage"]
         active = range(5 - stage, 5) if kind == "easy_to_hard" else range(1, stage + 1)
-        drawn = {int(key[-2:]) for key in line if key.startswith("loss_cluster_")}
+        drawn = {int(key[-2:]) for key in line if key.startswith("loss_cluster/")}
         assert drawn <= set(active)
     ranges = {
         line["curriculum/stage"]: [line[f"curriculum/{end}_logsnr"] for end in ("lowest", "highest")] for line in told
@@ -124,7 +124,7 @@ def test_the_log_tells_the_stages_that_the_losses_lead_to(run: RunConfig, device
 def test_validation_tells_of_every_cluster_in_the_first_stage_too(run: RunConfig) -> None:
     with torch.no_grad():
         figures = make_task(run, EASY, steps=STEPS).validate()
-    by_cluster = [figures[f"loss_cluster_0{number}"] for number in (1, 2, 3, 4)]
+    by_cluster = [figures[f"loss_cluster/0{number}"] for number in (1, 2, 3, 4)]
     assert sum(by_cluster) / 4 == pytest.approx(figures["loss"])  # 6 of 24 latents each
 
 
@@ -155,8 +155,8 @@ def test_tensorboard_shows_the_stage_and_what_is_drawn(run: RunConfig, device: D
     told = {key: [event.value for event in events.Scalars(key)] for key in events.Tags()["scalars"]}
     assert told["curriculum/lowest_logsnr"] == pytest.approx([-MAX_LOGSNR] * 4)
     assert told["curriculum/highest_logsnr"] == pytest.approx([0, *[MAX_LOGSNR] * 3], abs=1e-4)
-    assert [len(told[f"loss_cluster_0{number}"]) for number in (1, 2)] == [2, 4]
-    assert [len(told[f"validation/loss_cluster_0{number}"]) for number in (1, 2)] == [1, 1]
+    assert [len(told[f"loss_cluster/0{number}"]) for number in (1, 2)] == [2, 4]
+    assert [len(told[f"validation/loss_cluster/0{number}"]) for number in (1, 2)] == [1, 1]
     first, *_, second = (event.histogram_value for event in events.Histograms("curriculum/draws"))
     assert list(LOGSNR_EDGES[1:]) == first.bucket_limit == second.bucket_limit
     above = LOGSNR_EDGES.index(0)  # the first bin above log SNR 0, where the first stage ends
@@ -310,5 +310,5 @@ def test_curricula_without_stages_are_told_of_as_one(run: RunConfig, device: Dev
     (told,) = lines(train(run, device, steps=2, log_every=2, curriculum=CurriculumConfig(kind=kind)))
     assert told["curriculum/stage"] == 1
     assert told["curriculum/lowest_logsnr"] < told["curriculum/highest_logsnr"]
-    drawn = [key for key in told if key.startswith("loss_cluster_")]
-    assert drawn and (kind != "single" or drawn == ["loss_cluster_01"])
+    drawn = [key for key in told if key.startswith("loss_cluster/")]
+    assert drawn and (kind != "single" or drawn == ["loss_cluster/01"])

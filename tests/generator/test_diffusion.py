@@ -324,7 +324,7 @@ def test_clusters_run_from_little_noise_to_much(shards: Shards) -> None:
         time = times[(quarter - 1) * 1000 : quarter * 1000]
         alpha2 = torch.cos(time * torch.pi / 2).square()
         expected = float((alpha2 + (1 - alpha2) * mean_square).mean())
-        assert figures[f"loss_cluster_{quarter:02d}"] == pytest.approx(expected, rel=0.1)
+        assert figures[f"loss_cluster/{quarter:02d}"] == pytest.approx(expected, rel=0.1)
     eps = DiffusionConfig(model=MODEL, target="eps")
     assert figures_of(make_task(shards, eps))["loss"] == pytest.approx(1, abs=0.05)
 

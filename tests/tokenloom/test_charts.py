@@ -136,7 +136,7 @@ def test_shades_have_round_limits_that_outliers_do_not_stretch():
 def cluster_lines(table: list[list[float | None]], prefix: str = "") -> list[dict]:
     """A log line every ten steps with the loss of each cluster that has one."""
     return [
-        {"step": 10 * step, **{f"{prefix}loss_cluster_{n:02d}": v for n, v in enumerate(row, 1) if v is not None}}
+        {"step": 10 * step, **{f"{prefix}loss_cluster/{n:02d}": v for n, v in enumerate(row, 1) if v is not None}}
         for step, row in enumerate(table, start=1)
     ]
 

@@ -106,7 +106,7 @@ def pretend(run: Run, *, held_out: bool = True) -> None:
     number = int(run.row[-1]) if run.row != "full" else 0
     lines: list[dict[str, Any]] = []
     if number:
-        key = f"validation/loss_cluster_{number:02d}" if held_out else "loss"
+        key = f"validation/loss_cluster/{number:02d}" if held_out else "loss"
         ends = {10: 1.0, LAST_OF_LOSS[number]: 0.0, 100: -0.1 * run.seed}
         lines = [{"step": step, key: value} for step, value in ends.items()]
         lines += [{"step": step, "learning_rate": 1.0} for step in (10, 20)]

@@ -233,7 +233,7 @@ def test_processes_change_stage_with_the_same_step_though_their_own_losses_diffe
             assert one.keys() == two.keys()
             assert one["curriculum/stage"] == two["curriculum/stage"]
             assert one["curriculum/draws"]["shares"] == pytest.approx(two["curriculum/draws"]["shares"], abs=2e-6)
-            clusters = [key for key in one if key.startswith("loss_cluster_")]
+            clusters = [key for key in one if key.startswith("loss_cluster/")]
             assert [one[key] for key in clusters] == pytest.approx([two[key] for key in clusters], rel=1e-3)
         one, two = weights("one"), weights(parallel)
         assert one.keys() == two.keys()

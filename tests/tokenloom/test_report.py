@@ -77,8 +77,8 @@ def curriculum(num_clusters: int, *, stages: int = 8, every: int = 5) -> list[di
         }
         line |= {"curriculum/lowest_logsnr": -18.42, "curriculum/highest_logsnr": stage - 8.0}
         active = range(max(1, num_clusters + 1 - stage), num_clusters + 1)
-        lines.append(line | {f"loss_cluster_{number:02d}": number / 2**stage for number in active})
-    told = {f"validation/loss_cluster_{number:02d}": float(number) for number in range(1, num_clusters + 1)}
+        lines.append(line | {f"loss_cluster/{number:02d}": number / 2**stage for number in active})
+    told = {f"validation/loss_cluster/{number:02d}": float(number) for number in range(1, num_clusters + 1)}
     return [*lines, {"step": every * stages, "validation/loss": 0.5, **told}]
 
 
