@@ -93,9 +93,10 @@ def _shown(found: Found, name: str, result: tuple[Estimate, int] | None, *, sign
     if result is None:
         return "\N{EN DASH}"
     (value, interval), n = result
+    reach = max(abs(value), (interval[1] - interval[0]) / 2) if signed and interval else value
 
     def shown(number: float) -> str:
-        text = written(name, number, like=value)
+        text = written(name, number, like=reach)  # digits of a small difference say no more than its interval
         return f"+{text}" if signed and number > 0 else text
 
     text = shown(value) + (f" ({shown(interval[0])} to {shown(interval[1])})" if interval else "")
