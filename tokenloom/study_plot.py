@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ PANEL = 3.7  # inches
 DPI = 100
 BAR_DISTANCE = 0.006  # of the axis
 WIDE_RATIO = 8  # values of x that span more get a logarithmic axis
+STEEP_RATIO = 3  # scores over the training that span more get a logarithmic axis
 STYLE: dict[str, Any] = {"fontsize": 9}
 
 
@@ -209,8 +211,11 @@ def _draw_curves(axes: Axes, found: Found, group: GroupConfig) -> None:
             last = list(found.courses[reference].values())[-1][0].value
             axes.axhline(scale * last, color=GREY, linewidth=0.9, linestyle="--", zorder=0)
         told = [estimate for line in found.courses.values() for estimate, _ in line.values()]
-        bounds = [scale * bound for estimate in told for bound in estimate.interval or ()]
-        axes.set_ylim(*_window([scale * estimate.value for estimate in told], bounds))
+        values = [scale * estimate.value for estimate in told]
+        if values and min(values) > 0 and max(values) / min(values) > STEEP_RATIO:
+            logarithmic(axes, min(values) / 1.15, max(values) * 1.15)
+        else:
+            axes.set_ylim(*_window(values, [scale * bound for estimate in told for bound in estimate.interval or ()]))
     axes.set_title(group.title, fontsize=9, fontweight="bold")
     cost = "training steps" if found.study.budget == "steps" else f"training FLOPs of the {curve.stage}"
     axes.set_xlabel(cost, **STYLE)
@@ -222,6 +227,16 @@ def _draw_curves(axes: Axes, found: Found, group: GroupConfig) -> None:
     if axes.lines:
         axes.legend(fontsize=8, frameon=False, ncols=2 if len(names) > 6 else 1)
     _plain(axes)
+
+
+def logarithmic(axes: Axes, low: float, high: float) -> None:
+    """A logarithmic y axis between two positive ends, so that a bad beginning does not flatten all that follows."""
+    axes.set_yscale("log")
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+    axes.yaxis.set_major_locator(FixedLocator([part * 10.0**each for each in decades for part in (1, 1.5, 2, 3, 5, 7)]))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_ylim(low, high)
 
 
 def _cost(found: Found, row: Row, step: int) -> float:

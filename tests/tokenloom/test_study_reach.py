@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
 
 from tokenloom.study import checked_rows, run_study
 from tokenloom.study_config import StudyConfig, load_study
 from tokenloom.study_plan import Run, plan_runs
+from tokenloom.study_plot import logarithmic
 from tokenloom.study_reach import Reach, first_reached, reach, reach_table, told_reach
 from tokenloom.study_results import Found
 from tokenloom.study_statistics import geometric_interval
@@ -239,3 +241,12 @@ def test_without_a_score_over_steps_there_is_nothing_to_reach(tmp_path: Path) ->
 def test_a_group_that_does_not_fit_is_named(tmp_path: Path, groups: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         loaded(tmp_path, groups=groups)
+
+
+def test_a_bad_beginning_does_not_flatten_the_curves() -> None:
+    axes = Figure().subplots()
+    axes.plot([1, 2, 3], [72.0, 17.0, 11.0])
+    logarithmic(axes, 10.0, 80.0)
+    assert axes.get_yscale() == "log" and axes.get_ylim() == (10.0, 80.0)
+    shown = [tick for tick in axes.get_yticks() if 10 <= tick <= 80]
+    assert shown == pytest.approx([10, 15, 20, 30, 50, 70]) and not axes.get_yticks(minor=True).size
