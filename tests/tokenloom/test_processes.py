@@ -195,13 +195,13 @@ def test_processes_change_stage_with_the_same_step_though_their_own_losses_diffe
     (tmp_path / "watched.py").write_text(WATCHED)
     place = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 
-    def train(root: str, *launcher: str, parallel: str = "ddp") -> list[list[list[float]]]:
+    def train(root: str, *launcher: str) -> list[list[list[float]]]:
         """Stages and losses of every step, by process."""
         folder = tmp_path / root
         for stage in ("tokenizer", "codes") if root != "one" else ():
             shutil.copytree(tmp_path / "one" / "smoke" / stage, folder / "smoke" / stage)
         for name in ("tokenizer", "encode", "generator") if root == "one" else ("generator",):
-            words = [name, *WORDS[1:-1], *STAGED, f"--run.root={folder}", f"--run.parallel={parallel}"]
+            words = [name, *WORDS[1:-1], *STAGED, f"--run.root={folder}"]
             command = [sys.executable, *launcher, str(tmp_path / "watched.py"), str(folder), *words]
             done = subprocess.run(command, capture_output=True, text=True, env=place)
             assert done.returncode == 0, done.stderr
@@ -218,23 +218,22 @@ def test_processes_change_stage_with_the_same_step_though_their_own_losses_diffe
     stages = [stage for stage, _ in alone]
     assert stages[-1] == 4
     config = CurriculumConfig(kind="easy_to_hard", num_clusters=4, patience=1, smoothing=0.5)
-    for parallel in ("ddp", "fsdp"):
-        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-        ranks = train(parallel, *launcher, parallel=parallel)
-        assert len(ranks) == 2
-        for rank in ranks:
-            assert [stage for stage, _ in rank] == stages
-            pacing, own = Pacing(config, num_stages=4), []
-            for _, loss in rank:
-                own.append(pacing.stage)
-                pacing.update(loss)
-            assert own != stages  # where its own losses would have led
-        for one, two in zip(logged("one"), logged(parallel), strict=True):
-            assert one.keys() == two.keys()
-            assert one["curriculum/stage"] == two["curriculum/stage"]
-            assert one["curriculum/draws"]["shares"] == pytest.approx(two["curriculum/draws"]["shares"], abs=2e-6)
-            clusters = [key for key in one if key.startswith("loss_cluster/")]
-            assert [one[key] for key in clusters] == pytest.approx([two[key] for key in clusters], rel=1e-3)
-        one, two = weights("one"), weights(parallel)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    ranks = train("two", *launcher)
+    assert len(ranks) == 2
+    for rank in ranks:
+        assert [stage for stage, _ in rank] == stages
+        pacing, own = Pacing(config, num_stages=4), []
+        for _, loss in rank:
+            own.append(pacing.stage)
+            pacing.update(loss)
+        assert own != stages  # where its own losses would have led
+    for one, two in zip(logged("one"), logged("two"), strict=True):
         assert one.keys() == two.keys()
-        assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-4
+        assert one["curriculum/stage"] == two["curriculum/stage"]
+        assert one["curriculum/draws"]["shares"] == pytest.approx(two["curriculum/draws"]["shares"], abs=2e-6)
+        clusters = [key for key in one if key.startswith("loss_cluster/")]
+        assert [one[key] for key in clusters] == pytest.approx([two[key] for key in clusters], rel=1e-3)
+    one, two = weights("one"), weights("two")
+    assert one.keys() == two.keys()
+    assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-4
