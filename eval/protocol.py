@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import re
 from collections.abc import Callable, Collection, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,19 +15,25 @@ import torch
 
 from engine.checkpoint import write_json
 from engine.config import difference
+from eval.names import base_name
 from eval.statistics import Estimate
 
-JUDGE = 1  # raised whenever the mathematics of a score changes
+JUDGE = 2  # raised whenever the mathematics of a score changes
 MATTERS = ("judge", "features", "settings", "size", "crop", "num_real", "num_generated", "reference")
+IF_STATED = ("labels",)  # matter too, but only between two protocols that both have them
 Record = dict[str, Any]
 
 
 def protocol(**facts: Any) -> dict[str, Any]:
-    """The record of a measurement, JSON-ready.
+    """The record of a measurement, JSON-ready. Facts that are None are left out.
 
-    The keys of MATTERS make two scores alike: `features` (name, sha256 of weights, resize rule), `settings` of the
-    score, `size`, `crop`, `num_real`, `num_generated` and `reference` (content of the real images). Anything else, such
-    as seeds, sampler, guidance, EMA or raw weights, describes what was scored; it is kept and not compared.
+    These make two scores alike or unlike: `judge` (version of the mathematics, set here), `features` (name, sha256 of
+    weights, resize rule), `settings` of the score, `size`, `crop`, `num_real`, `num_generated`, `reference` (hash of
+    what it was held against); and, where both protocols have it, `labels`, the scheme of the classes that were drawn:
+    balanced or unbalanced.
+
+    Anything else is kept and not compared: `data`, `rounding` of the images to bytes, `subject` (what was scored: its
+    fingerprints, seeds, sampler, steps, guidance, EMA or raw weights), `code` and `torch` (versions, set here).
     """
     stated = {"judge": JUDGE, **{key: value for key, value in facts.items() if value is not None}}
     stated = json.loads(json.dumps(stated))
@@ -33,14 +41,21 @@ def protocol(**facts: Any) -> dict[str, Any]:
 
 
 def protocol_hash(stated: dict[str, Any]) -> str:
-    """16 hexadecimal digits; equal for two protocols just when `comparable` finds no difference."""
-    text = json.dumps(_what_matters(stated), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """16 hexadecimal digits; equal for two protocols just when their keys of MATTERS are."""
+    matters = {key: stated[key] for key in MATTERS if key in stated}
+    return hashlib.sha256(json.dumps(matters, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def unlikeness(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys in which two protocols differ and which make their scores unlike, with both values."""
+    keys = [*MATTERS, *(key for key in IF_STATED if key in a and key in b)]
+    mine, theirs = ({key: stated[key] for key in keys if key in stated} for stated in (a, b))
+    return difference(mine, theirs)
 
 
 def comparable(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """Dotted keys in which two protocols differ and which make their scores unlike; empty: compare them."""
-    return list(difference(_what_matters(a), _what_matters(b)))
+    """The keys of `unlikeness`; empty: the scores may be compared."""
+    return list(unlikeness(a, b))
 
 
 def record(
@@ -51,6 +66,11 @@ def record(
     bounds = None if interval is None else [float(bound) for bound in interval]
     entry: Record = {"name": name, "subject": subject, "value": float(value), "interval": bounds, "n": n}
     return {**entry, **({"tap": tap} if tap else {}), "protocol": protocol}
+
+
+def features_of(entry: Record) -> str:
+    """Name of the features behind a score; empty where it has none."""
+    return str((entry["protocol"].get("features") or {}).get("name", ""))
 
 
 def read_scores(path: Path) -> list[Record]:
@@ -74,7 +94,9 @@ def read_scores(path: Path) -> list[Record]:
 def merge_scores(path: Path, new: Sequence[Record]) -> list[Record]:
     """Put records into a metrics.json, in place of all older ones of their names and subjects.
 
-    Taps of one name and subject stay side by side only if they come together, so a better tap replaces the old one.
+    The number of images in a name does not count: a subject has one FID, the newest, so that `fid5k` takes the place of
+    `fid500` and of `fid`. Taps of one name and subject stay side by side only if they come together, so a better tap
+    replaces the old one.
     """
     fresh = {(*_key(entry), entry.get("tap")): entry for entry in new}
     replaced = {_key(entry) for entry in new}
@@ -102,64 +124,42 @@ def _models_of(entry: Record) -> set[str]:
     return {told[key] for key in ("tokenizer", "generator", "guide", "outside") if key in told}
 
 
-def compare(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Rows {"name", "subject", "scores": one record per file} of every score that all the files have.
-
-    Raises:
-        ValueError: fewer than two files, nothing in common, or a score measured under unlike protocols.
-    """
-    if len(paths) < 2:
-        raise ValueError(f"a comparison needs at least two metrics.json, got {len(paths)}")
-    tables = [{_key(entry): entry for entry in read_scores(path)} for path in paths]
-    shared = [key for key in tables[0] if all(key in table for table in tables)]
-    if not shared:
-        raise ValueError(f"no score is in all of {', '.join(map(str, paths))}")
-    rows = []
-    for key in shared:
-        scores = [table[key] for table in tables]
-        _refuse_unlike(key, paths, scores)
-        rows.append({"name": key[0], "subject": key[1], "scores": scores})
-    return rows
-
-
-def comparison_table(paths: Sequence[Path]) -> str:
-    """`compare` as aligned lines: subject, score, then value and interval in each file."""
-    rows = [("subject", "score", *(str(path) for path in paths))]
-    for row in compare(paths):
-        rows.append((row["subject"], row["name"], *(_told(score) for score in row["scores"])))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-
-
+@functools.cache
 def code_version() -> str:
-    """Version of the installed package."""
+    """Version of the package, and of a checkout its commit when this was first asked: `0.1.0 at 97c85d3bda12`.
+
+    The commit is the one that was checked out; whether files were changed since is not told.
+    """
     try:
-        return version("tokenloom")
+        told = version("tokenloom")
     except PackageNotFoundError:
-        return "not installed"
+        told = "not installed"
+    commit = checked_out(Path(__file__).parents[1])
+    return f"{told} at {commit}" if commit else told
 
 
-def _what_matters(stated: dict[str, Any]) -> dict[str, Any]:
-    return {key: stated[key] for key in MATTERS if key in stated}
+def checked_out(folder: Path) -> str:
+    """12 digits of the commit that a git work tree is at, from git's own files; empty if they do not tell."""
+    try:
+        git = folder / ".git"
+        if git.is_file():  # a linked work tree: the file names the folder
+            git = folder / git.read_text(encoding="utf-8").strip().removeprefix("gitdir: ")
+        head = (git / "HEAD").read_text(encoding="utf-8").strip()
+        commit = _commit_of(git, head.removeprefix("ref: ")) if head.startswith("ref: ") else head
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return commit[:12] if re.fullmatch("[0-9a-f]{40,64}", commit) else ""
+
+
+def _commit_of(git: Path, branch: str) -> str:
+    """What a branch points at: a file of its own, or a line of packed-refs."""
+    common = git / "commondir"
+    home = git / common.read_text(encoding="utf-8").strip() if common.is_file() else git
+    if (home / branch).is_file():
+        return (home / branch).read_text(encoding="utf-8").strip()
+    lines = (line.split(" ") for line in (home / "packed-refs").read_text(encoding="utf-8").splitlines())
+    return next((line[0] for line in lines if line[1:] == [branch]), "")
 
 
 def _key(entry: Record) -> tuple[str, str]:
-    return entry["name"], entry["subject"]
-
-
-def _told(score: Record) -> str:
-    low_high = score["interval"]
-    interval = f" ({low_high[0]:.4g} .. {low_high[1]:.4g})" if low_high else ""
-    return f"{score['value']:.4g}{interval}" + (f" at {score['tap']}" if "tap" in score else "")
-
-
-def _refuse_unlike(key: tuple[str, str], paths: Sequence[Path], scores: Sequence[Record]) -> None:
-    first = scores[0]["protocol"]
-    for path, score in zip(paths[1:], scores[1:], strict=True):
-        changes = difference(_what_matters(first), _what_matters(score["protocol"]))
-        if changes:
-            lines = "".join(f"\n  {name}: {before!r} | {after!r}" for name, (before, after) in changes.items())
-            raise ValueError(
-                f"{key[0]} of {key[1]} was measured differently in {paths[0]} and {path}:{lines}\n"
-                "Score both with the same `eval` section and data"
-            )
+    return base_name(entry["name"]), entry["subject"]

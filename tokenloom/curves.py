@@ -1,27 +1,20 @@
-"""What the charts of a report show: training of each stage with its curriculum, use of the codes, the linear probe."""
+"""What the charts of a report show: training of each stage with its curriculum, use of the codes."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from html import escape
-from typing import Any
 
 import numpy as np
 
 from engine.shards import Shards
-from tokenloom.charts import LOG_RATIO, Chart, Point, Series
+from tokenloom.charts import LOG_RATIO, Chart, Series
 from tokenloom.curriculum_curves import curriculum_panels, of_curriculum
 from tokenloom.page import facts, note
 from tokenloom.panels import Curve, Panel, drawn, pair, points_of
 from tokenloom.run_files import RunFiles
-from tokenloom.score_table import TITLES, find, share_text
+from tokenloom.score_table import share_text
 
 MAX_BARS = 512
-Row = dict[str, Any]  # of eval/probe.json
-PROBED = ("tokenizer", "autoregressive", "diffusion")
-
-
 PANELS = {
     "tokenizer": (
         Panel("Loss", "", (Curve("loss", "training"),)),
@@ -108,77 +101,6 @@ def _rank_chart(title: str, counts: np.ndarray) -> str:
     steep = heights[0] > LOG_RATIO * heights[-1]
     bounds = None if steep else (0.0, 1.06 * max(*heights, equal))
     return Chart(title=title, unit="% of tokens", x_label="codes by frequency", series=series, y_range=bounds).html()
-
-
-def probe_curves(run: RunFiles) -> str:
-    """Top-1 accuracy at every tap of each family, the tap that was chosen, and the baselines."""
-    rows = [row for row in run.probe() if math.isfinite(row.get("test_top1", math.nan))]
-    if not rows:
-        return note("No probe yet: `tokenloom eval` fits it where the images have labels of at least two classes.")
-    values = [100 * value for row in rows for value in (row["test_top1"], *_interval(row))]
-    reach = max(values) - min(values) or 1.0
-    bounds = max(0.0, min(values) - 0.08 * reach), min(100.0, max(values) + 0.08 * reach)
-    charts = [_probe_chart(run, family, rows, bounds) for family in PROBED if _of(rows, family, f"{family}_random")]
-    return f'<div class="charts">{"".join(charts)}</div>' if charts else note("Only raw pixels were probed.")
-
-
-def _probe_chart(run: RunFiles, family: str, rows: Sequence[Row], bounds: Point) -> str:
-    """The curve of a family along its taps and that of its untrained twin, over the levels of what needs neither."""
-    curves = [
-        _probe_curve(run, family, rows, ("chosen", "top-1 on test images"), tone=family),
-        _probe_curve(run, f"{family}_random", rows, ("untrained, chosen", "untrained"), tone="extra-2"),
-    ]
-    levels = [_probe_level(run, "pixels", rows, "raw pixels", tone="plain")]
-    if family != "tokenizer":
-        levels.append(_probe_level(run, "tokenizer", rows, "tokenizer,", tone="tokenizer"))
-    taps = list(dict.fromkeys(row["tap"] for row in _of(rows, family, f"{family}_random")))
-    series = [each for each in (*curves, *levels) if each.points]
-    return Chart(title=TITLES[family], unit="top-1, %", x_label="tap", series=series, names=taps, y_range=bounds).html()
-
-
-def _probe_curve(run: RunFiles, family: str, rows: Sequence[Row], labels: tuple[str, str], *, tone: str) -> Series:
-    """Accuracy at each tap; the label, the first if it is known which tap was chosen, names that tap."""
-    mine, chosen = _of(rows, family), _chosen(run, family, rows)
-    titles = [_tap_text(row) for row in mine]
-    return Series(
-        label=labels[1] if chosen is None else f"{labels[0]} {_tap_text(chosen)}",
-        points=[(place, 100 * row["test_top1"]) for place, row in enumerate(mine)],
-        spans=[(100 * low, 100 * high) for low, high in map(_interval, mine)],
-        titles=titles,
-        tone=tone,
-        kind="dots",
-        marked=None if chosen is None else mine.index(chosen),
-    )
-
-
-def _probe_level(run: RunFiles, family: str, rows: Sequence[Row], label: str, *, tone: str) -> Series:
-    """The chosen tap of another family, or its only one, as a line across the chart."""
-    mine = _of(rows, family)
-    row = _chosen(run, family, rows) or (mine[0] if len(mine) == 1 else None)
-    if row is None:
-        return Series(label=label, points=[], tone=tone, kind="level")
-    told = f"{label} {_tap_text(row)}" if len(mine) > 1 else f"{label} {100 * row['test_top1']:.1f} %"
-    return Series(label=told, points=[(0, 100 * row["test_top1"])], tone=tone, kind="level")
-
-
-def _chosen(run: RunFiles, family: str, rows: Sequence[Row]) -> Row | None:
-    """The row of the tap that was chosen on held-out training images."""
-    record = find(run.scores(), family, "probe_top1")
-    return next((row for row in _of(rows, family) if record and record.get("tap") == row["tap"]), None)
-
-
-def _tap_text(row: Row) -> str:
-    return f"{row['tap']}: {100 * row['test_top1']:.1f} %"
-
-
-def _of(rows: Sequence[Row], *families: str) -> list[Row]:
-    return [row for row in rows if row["family"] in families]
-
-
-def _interval(row: Row) -> Point:
-    low, high = row.get("interval") or (math.nan, math.nan)
-    value = row["test_top1"]
-    return (low, high) if math.isfinite(low) and math.isfinite(high) else (value, value)
 
 
 def throughput(run: RunFiles, stage: str) -> str:

@@ -20,7 +20,7 @@ from tokenloom.pictures import (
     shrunk,
 )
 from tokenloom.run_files import FAMILIES, RunFiles
-from tokenloom.score_table import TITLES
+from tokenloom.score_table import TITLES, find, share_text
 
 CLASSES, PER_CLASS, PLAIN_SAMPLES, PAIRS, PREVIEWS, FILLING = 10, 6, 36, 16, 6, 4
 PIXELATED_BELOW = 96  # pixels; smaller pictures are enlarged without smoothing
@@ -30,6 +30,11 @@ NOT_SAMPLED = {
     "training": "still in training, so there are no samples yet.",
     "planned": "not trained yet.",
 }
+NEIGHBOURS = (
+    "A generator that copies its training images shows here. On each line a sample, then the training images that look"
+    " most like it to the main features; the lines are the nearest pairs of all samples. Numbers are distances, 1 the"
+    " usual one of a real image that was not trained on."
+)
 Told = dict[str, Any]  # samples.json
 
 
@@ -65,6 +70,28 @@ def reconstructions(run: RunFiles) -> str:
         rows.append(f"<div>{''.join(shown)}</div>")
     told = "Pairs: on the left a test image, on the right what the decoder makes of its codes."
     return f'<p class="soft">{told}</p><div class="pairs{_look(run)}">{"".join(rows)}</div>'
+
+
+def neighbours(run: RunFiles) -> str:
+    """Sheets of the samples nearest to training images, one for each family, with the share of copies."""
+    sheets = {family: read_picture(run.folder / "eval" / f"neighbours-{family}.png") for family in FAMILIES}
+    found = {family: sheet for family, sheet in sheets.items() if sheet is not None}
+    if not found:
+        return page.note("No sheets so far: `tokenloom eval` draws them with eval.neighbours above 0.")
+    parts = []
+    for family, sheet in found.items():
+        height, width = sheet.shape[:2]
+        side = int(max(height, width) * math.sqrt(SECTION_PIXELS / len(found) / (height * width)))
+        picture = page.picture(data_uri(shrunk(sheet, side)), f"{TITLES[family]}: samples and nearest training images")
+        parts.append(f"<div><h3>{escape(TITLES[family])}{_copies(run, family)}</h3>{picture}</div>")
+    return f'<p class="soft">{NEIGHBOURS}</p><div class="halves">{"".join(parts)}</div>'
+
+
+def _copies(run: RunFiles, family: str) -> str:
+    """The share of copies, as far as it is measured."""
+    record = find(run.scores(), family, "copies")
+    text = f"copies: {share_text(record['value'])} of {record.get('n') or 0:,} samples" if record else ""
+    return f' <span class="soft">{escape(text)}</span>' if text else ""
 
 
 def previews(run: RunFiles, stage: str, *, wide: bool) -> str:

@@ -11,14 +11,16 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from engine.checkpoint import write_atomic
-from eval.protocol import Record, code_version
+from eval.protocol import Record, code_version, features_of
 from tokenloom import curves, gallery, page
 from tokenloom.curriculum_curves import of_curriculum
+from tokenloom.probe_curves import probe_curves
 from tokenloom.run_files import FAMILIES, STAGES, RunFiles
-from tokenloom.score_table import TITLES, features_of, find, kind_of, score_tables, share_text, written
+from tokenloom.score_table import TITLES, find, kind_of, score_tables, share_text, written
 
 CHAPTERS = {
     "samples": "Samples",
+    "neighbours": "Nearest training images",
     "reconstructions": "Reconstructions",
     "training": "Training",
     "codes": "Use of the codes",
@@ -30,8 +32,9 @@ CHAPTERS = {
 INTROS = {
     "codes": "A tokenizer that leaves codes unused wastes its vocabulary. Perplexity is the number of equally frequent "
     "codes that would carry as much information.",
-    "probe": "How well a linear classifier tells the classes apart from frozen activations. The tap in the ring was "
-    "chosen on held-out training images; bars are 95 % intervals. Untrained: the same network with fresh weights.",
+    "probe": "How well a linear classifier tells the classes apart from frozen activations, and how well the nearest "
+    "training images do (k-NN). The tap in the ring was chosen on held-out training images; bars are 95 % intervals. "
+    "Untrained: the same network with fresh weights.",
     "scores": "Arrows say which way is better. `tokenloom compare` holds runs against each other and refuses unlike "
     "protocols.",
 }
@@ -62,10 +65,11 @@ def write_report(run_folder: Path) -> Path:
     run = RunFiles(folder)
     content = {
         "samples": gallery.samples(run),
+        "neighbours": gallery.neighbours(run),
         "reconstructions": gallery.reconstructions(run),
         "training": "".join(_training(run, stage) for stage in STAGES),
         "codes": curves.code_usage(run),
-        "probe": curves.probe_curves(run),
+        "probe": probe_curves(run),
         "scores": _scores(run),
         "time": _time(run),
         "configuration": _configuration(run),

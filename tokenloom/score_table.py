@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
-from eval.protocol import Record
+from eval.names import INCEPTION, answers_to, better, parts_of
+from eval.protocol import Record, features_of
 from tokenloom.page import facts, flattened, table
 
 SUBJECTS = ("real", "tokenizer", "autoregressive", "diffusion", "autoregressive_random", "pixels")
@@ -30,37 +31,53 @@ class Kind:
 
     label: str
     meaning: str
-    better: str = ""
     unit: str = ""
     decimals: int | None = None
+    better: str = ""
+    """The arrow of eval.names.better."""
 
 
 KINDS = {
-    "psnr": Kind("PSNR", "peak signal-to-noise ratio of reconstructions", UP, "dB", 2),
-    "ssim": Kind("SSIM", "structural similarity of reconstructions", UP, "", 3),
-    "lpips": Kind("LPIPS", "perceptual distance of reconstructions", DOWN, "", 3),
-    "usage": Kind("Codebook usage", "codes that occur at all", UP, PERCENT, 1),
-    "usage_256": Kind("Codebook usage in 256 images", "mean over batches of 256", UP, PERCENT, 1),
-    "perplexity": Kind("Code perplexity", "as many equally frequent codes say as much", UP, "", 1),
-    "rfd": Kind("Reconstruction Fréchet distance", "reconstructions against their originals", DOWN),
-    "rfid": Kind("rFID", "reconstructions against their originals", DOWN),
-    "fd": Kind("Fréchet distance", "to real training images", DOWN),
-    "fid": Kind("FID", "Fréchet distance to real training images", DOWN),
-    "is": Kind("Inception Score", "sure of each image, varied over all", UP, "", 2),
-    "is_": Kind("Confidence and variety", "Inception Score's formula", UP, "", 2),
-    "kid": Kind("Kernel distance", "squared MMD to real training images", DOWN),
-    "precision": Kind("Precision", "share that looks like real images", UP, PERCENT, 1),
-    "recall": Kind("Recall", "share of real images that is covered", UP, PERCENT, 1),
-    "class_accuracy": Kind("Class accuracy", "samples taken for the class that was asked", UP, PERCENT, 1),
-    "probe_top1": Kind("Linear probe", "top-1 on test images", UP, PERCENT, 1),
-    "nll": Kind("Negative log likelihood", "of test images, in nats per code", DOWN, "", 3),
+    "psnr": Kind("PSNR", "peak signal-to-noise ratio of reconstructions", "dB", 2),
+    "ssim": Kind("SSIM", "structural similarity of reconstructions", "", 3),
+    "lpips": Kind("LPIPS", "perceptual distance of reconstructions", "", 3),
+    "usage": Kind("Codebook usage", "codes that occur at all", PERCENT, 1),
+    "usage_256": Kind("Codebook usage in 256 images", "mean over batches of 256", PERCENT, 1),
+    "perplexity": Kind("Code perplexity", "as many equally frequent codes say as much", "", 1),
+    "rfd": Kind("Reconstruction Fréchet distance", "reconstructions against their originals"),
+    "rfid": Kind("rFID", "reconstructions against their originals"),
+    "fd": Kind("Fréchet distance", "to real training images"),
+    "fid": Kind("FID", "Fréchet distance to real training images"),
+    "fd_inf": Kind("Fréchet distance at infinity", "extrapolated to infinitely many samples"),
+    "fid_inf": Kind("FID\N{INFINITY}", "FID extrapolated to infinitely many samples"),
+    "is": Kind("Inception Score", "sure of each image, varied over all", "", 2),
+    "is_": Kind("Confidence and variety", "Inception Score's formula", "", 2),
+    "kid": Kind("Kernel distance", "squared MMD to real training images"),
+    "precision": Kind("Precision", "share that looks like real images", PERCENT, 1),
+    "recall": Kind("Recall", "share of real images that is covered", PERCENT, 1),
+    "density": Kind("Density", "how densely real images lie around samples; like real ones: 1", "", 3),
+    "coverage": Kind("Coverage", "share of real images with a sample near by", PERCENT, 1),
+    "copies": Kind("Copies", "share nearer to a training image than 99 % of held-out real ones", PERCENT, 1),
+    "class_accuracy": Kind("Class accuracy", "samples taken for the class that was asked", PERCENT, 1),
+    "probe_top1": Kind("Linear probe", "top-1 on test images", PERCENT, 1),
+    "probe_top5": Kind("Linear probe, top-5", "right class among the first five, test images", PERCENT, 1),
+    "knn_top1": Kind("k-NN", "top-1 on test images, by the nearest training images", PERCENT, 1),
+    "nll": Kind("Negative log likelihood", "of test images, in nats per code", "", 3),
 }
+ARROWS = {"higher": UP, "lower": DOWN, "": ""}
 
 
 def kind_of(name: str) -> Kind:
-    """How a score is shown: by its whole name, or by the part before the features that it was measured on."""
-    first = name.split("_")[0]
-    return KINDS.get(name) or KINDS.get(f"{first}_") or KINDS.get(first) or Kind(name, "")
+    """How a score is shown: that of its name without features; the label tells a small number of images, as FID-5k."""
+    kind, count = KINDS.get(_kind_key(name)), parts_of(name).images
+    label = (kind.label if kind else name) + (f"-{count}" if count else "")
+    return replace(kind or Kind(label, ""), label=label, better=ARROWS[better(name)])
+
+
+def _kind_key(name: str) -> str:
+    """Key of KINDS; Inception Score's formula on other features is no Inception Score."""
+    score, _, features = parts_of(name)
+    return f"{score}_" if score == "is" and features not in INCEPTION.values() else score
 
 
 def written(name: str, value: float, *, like: float | None = None) -> str:
@@ -80,17 +97,14 @@ def significant_decimals(value: float, digits: int = 3) -> int:
     return digits - 1 if value == 0 else max(0, digits - 1 - math.floor(math.log10(abs(value))))
 
 
-def features_of(record: Record) -> str:
-    """Name of the features behind a score; empty where it has none."""
-    return str((record["protocol"].get("features") or {}).get("name", ""))
-
-
 def find(records: Iterable[Record], subject: str, *names: str) -> Record | None:
-    """The first score of a subject under one of the names, else with any features behind it: `fd` finds `fd_random`."""
+    """The first score of a subject under one of the names, be it with a number of images: `fid` finds `fid5k`.
+
+    If there is none, with any features behind it: `fd` finds `fd_random`.
+    """
     mine = [record for record in records if record["subject"] == subject]
-    exact = (record for name in names for record in mine if record["name"] == name)
-    featured = (record for name in names for record in mine if record["name"].startswith(f"{name}_"))
-    return next(exact, None) or next(featured, None)
+    fits = [(answers_to(record["name"], name), record) for name in names for record in mine]
+    return next((record for least in (2, 1) for fit, record in fits if fit >= least), None)
 
 
 def score_tables(records: Sequence[Record]) -> str:
@@ -139,9 +153,9 @@ def _subject_rank(subject: str) -> tuple[int, int, float]:
 
 def _rank(record: Record) -> int:
     """Place of a score in the table: that of its kind, unknown ones last."""
-    kinds = list(KINDS.values())
-    kind = kind_of(record["name"])
-    return kinds.index(kind) if kind in kinds else len(kinds)
+    keys = list(KINDS)
+    key = _kind_key(record["name"])
+    return keys.index(key) if key in keys else len(keys)
 
 
 def _row(record: Record) -> tuple[str, ...]:

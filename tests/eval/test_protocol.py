@@ -3,14 +3,14 @@ import json
 import pytest
 
 from eval.protocol import (
+    checked_out,
     comparable,
-    compare,
-    comparison_table,
     merge_scores,
     protocol,
     protocol_hash,
     read_scores,
     record,
+    unlikeness,
 )
 from eval.statistics import Estimate
 
@@ -60,24 +60,68 @@ def test_a_better_tap_takes_the_place_of_the_old_one(tmp_path) -> None:
     assert [entry["tap"] for entry in read_scores(path)] == ["encoder.2"]
 
 
-def test_unlike_scores_are_not_compared(tmp_path) -> None:
-    paths = [tmp_path / "a.json", tmp_path / "b.json", tmp_path / "c.json"]
-    for path, num, value in zip(paths, (500, 500, 200), (3.0, 4.0, 5.0), strict=True):
-        merge_scores(path, [record("fd_random", "diffusion", value, n=num, protocol=stated(num_generated=num))])
-    rows = compare(paths[:2])
-    assert [score["value"] for score in rows[0]["scores"]] == [3.0, 4.0]
-    assert comparison_table(paths[:2]).splitlines()[1].split() == ["diffusion", "fd_random", "3", "4"]
-    with pytest.raises(ValueError, match=r"(?s)fd_random of .* measured differently.*num_generated: 500 \| 200"):
-        compare(paths)
+def test_a_subject_has_one_fid_whatever_the_number_of_images(tmp_path) -> None:
+    path = tmp_path / "metrics.json"
+    for name, subject in (("fid500", "a"), ("fid500_clean", "a"), ("fid_inf", "a"), ("fid500", "b"), ("fid5k", "a")):
+        merge_scores(path, [record(name, subject, 1.0, n=9, protocol=stated())])
+    names = [(entry["name"], entry["subject"]) for entry in read_scores(path)]
+    assert names == [("fid500_clean", "a"), ("fid_inf", "a"), ("fid500", "b"), ("fid5k", "a")]
+    merge_scores(path, [record("fid", "a", 1.0, n=50_000, protocol=stated())])
+    assert [entry["name"] for entry in read_scores(path) if entry["subject"] == "a"][-1] == "fid"
+    assert len(read_scores(path)) == 4
 
 
-def test_nothing_to_compare(tmp_path) -> None:
-    merge_scores(tmp_path / "a.json", [record("psnr", "tokenizer", 1.0, n=1, protocol=stated())])
-    merge_scores(tmp_path / "b.json", [record("ssim", "tokenizer", 1.0, n=1, protocol=stated())])
-    with pytest.raises(ValueError, match="no score is in all of"):
-        compare([tmp_path / "a.json", tmp_path / "b.json"])
-    with pytest.raises(ValueError, match="at least two"):
-        compare([tmp_path / "a.json"])
+def test_label_schemes_matter_where_both_are_stated() -> None:
+    balanced, unbalanced, silent = stated(labels="balanced"), stated(labels="unbalanced"), stated()
+    assert unlikeness(balanced, unbalanced) == {"labels": ("balanced", "unbalanced")}
+    assert comparable(balanced, silent) == comparable(silent, unbalanced) == []
+    assert balanced["hash"] == silent["hash"]
+
+
+def test_scores_of_an_older_judge_are_read_and_not_compared(tmp_path) -> None:
+    """The layout of metrics.json that the first version wrote."""
+    old = {"judge": 1, "features": FEATURES, "size": 32, "crop": "adm_center", "reference": "ef", "hash": "00"}
+    old |= {"num_real": 500, "num_generated": 500, "code": "0.1.0", "torch": "2.14.1"}
+    entry = {"name": "fid", "subject": "diffusion", "value": 3.0, "interval": None, "n": 500, "protocol": old}
+    (tmp_path / "metrics.json").write_text(json.dumps([entry]))
+    assert read_scores(tmp_path / "metrics.json") == [entry]
+    assert comparable(old, stated(crop="adm_center")) == ["judge"]
+    merge_scores(tmp_path / "metrics.json", [record("fid500", "diffusion", 4.0, n=500, protocol=stated())])
+    assert [each["name"] for each in read_scores(tmp_path / "metrics.json")] == ["fid500"]
+
+
+def test_a_checkout_tells_its_commit(tmp_path) -> None:
+    commit, other = "0123456789abcdef" * 2 + "01234567", "f" * 40
+    git = tmp_path / "home" / ".git"
+    (git / "refs" / "heads" / "topic").mkdir(parents=True)
+    assert checked_out(tmp_path) == ""  # no checkout
+    assert checked_out(tmp_path / "home") == ""  # git has no HEAD yet
+    (git / "HEAD").write_text("ref: refs/heads/topic/a\n")
+    assert checked_out(tmp_path / "home") == ""  # a branch without a commit
+    (git / "packed-refs").write_text(
+        f"# pack-refs with: peeled\n{other} refs/heads/topic\n{commit} refs/heads/topic/a\n"
+    )
+    assert checked_out(tmp_path / "home") == commit[:12]
+    (git / "refs" / "heads" / "topic" / "a").write_text(f"{other}\n")
+    assert checked_out(tmp_path / "home") == other[:12]  # a branch's own file is newer than the pack
+    (git / "HEAD").write_text(f"{commit}\n")
+    assert checked_out(tmp_path / "home") == commit[:12]  # no branch
+    (git / "HEAD").write_bytes(b"\xff\xfe")
+    assert checked_out(tmp_path / "home") == ""
+
+
+def test_a_linked_work_tree_tells_its_commit(tmp_path) -> None:
+    git, linked = tmp_path / "home" / ".git", tmp_path / "home" / ".git" / "worktrees" / "second"
+    for folder in (git / "refs" / "heads", linked, tmp_path / "second"):
+        folder.mkdir(parents=True)
+    (tmp_path / "second" / ".git").write_text(f"gitdir: {linked}\n")
+    (linked / "commondir").write_text("../..\n")
+    (linked / "HEAD").write_text("ref: refs/heads/second\n")
+    (git / "refs" / "heads" / "second").write_text("a" * 40 + "\n")
+    assert checked_out(tmp_path / "second") == "a" * 12
+
+
+def test_broken_files_are_named(tmp_path) -> None:
     with pytest.raises(ValueError, match="no such file"):
         read_scores(tmp_path / "absent.json")
     (tmp_path / "broken.json").write_text('{"a": 1')

@@ -1,5 +1,7 @@
 """The report says what a run folder holds, whatever it holds, in one file that needs no other."""
 
+import base64
+import io
 import itertools
 import json
 import re
@@ -41,6 +43,8 @@ def make_run(folder: Path, *, labels: bool = True) -> Path:
     save_grid(strip, folder / "autoregressive" / "previews" / "step-00000040-partial.png", columns=8)
     for family in ("autoregressive", "diffusion"):
         write_samples(folder / "samples" / family, family, rng, labels=labels)
+    (folder / "eval").mkdir()
+    Image.new("RGB", (600, 220), "orange").save(folder / "eval" / "neighbours-diffusion.png")
     write_json(folder / "eval" / "metrics.json", scores())
     write_json(folder / "eval" / "probe.json", {"protocol": {}, "curve": probe()})
     for name, accuracy in (("classifier", 0.9714), ("rejection_classifier", 0.9731)):
@@ -114,21 +118,28 @@ def scores() -> list[dict]:
     found += [one("fd_classifier", "real", 0.01234)]
     found += [one("fd_classifier", family, 4.5678) for family in families]
     found += [one("class_accuracy", family, 0.95) for family in families]
-    found += [one("probe_top1", "pixels", 0.8, tap="pixels"), one("probe_top1", "diffusion", 0.9, tap="block_2")]
+    found += [one("probe_top1", "pixels", 0.8, tap="pixels"), one("probe_top1", "diffusion", 0.9, tap="dit.block2")]
     found += [one("class_accuracy", f"autoregressive@accept{share}", 0.99) for share in (0.25, 0.5)]
-    found += [one("probe_top1", "autoregressive", 0.93, tap="block_2")]
-    found += [one("probe_top1", "autoregressive_random", 0.85, tap="block_1"), one("is", "odd@accept1e9", 1.0)]
-    found += [one("probe_top1", "tokenizer", 0.82, tap="codes")]
+    found += [one("probe_top1", "autoregressive", 0.93, tap="vim.block2")]
+    found += [
+        one("probe_top1", "autoregressive_random", 0.85, tap="vim_random.block1"),
+        one("is", "odd@accept1e9", 1.0),
+    ]
+    found += [one("probe_top1", "tokenizer", 0.82, tap="tokenizer.codes"), one("copies", "diffusion", 0.125)]
+    found += [one("knn_top1", "autoregressive", 0.7, tap="vim.block1"), one("knn_top1", "diffusion", 0.7, tap="gone")]
+    found += [one("fid500_clean", "diffusion", 7.654), one("density", "diffusion", 0.8)]
     return [*found, one("never_heard_of", "stranger", 1e-9)]
 
 
 def probe() -> list[dict]:
-    taps = ["pixels pixels", "tokenizer encoder.0", "tokenizer codes", "diffusion block_1", "diffusion block_2"]
-    taps += [f"autoregressive{twin} block_{block}" for twin in ("", "_random") for block in (1, 2)]
+    taps = ["pixels pixels", "tokenizer tokenizer.encoder.1", "tokenizer tokenizer.codes", "diffusion dit.block1"]
+    taps += ["diffusion dit.block2"]
+    taps += [f"autoregressive{twin} vim{twin}.block{block}" for twin in ("", "_random") for block in (1, 2)]
     rows = []
     for place, (family, tap) in enumerate(each.split() for each in taps):
         interval = [0.7, 0.95] if place else [float("nan")] * 2
-        rows.append({"family": family, "tap": tap, "test_top1": 0.8 + place / 100, "interval": interval})
+        row = {"family": family, "tap": tap, "test_top1": 0.8 + place / 100, "interval": interval, "test_top5": None}
+        rows.append({**row, "knn_top1": 0.7 + place / 100} if family == "autoregressive" else row)
     return rows
 
 
@@ -189,13 +200,24 @@ def test_a_page_holds_all_that_it_shows(full: Page):
     assert set(CHAPTERS) == set(full.ids)
     assert {f"#{name}" for name in CHAPTERS} <= set(full.links)
     assert all(image["alt"] for image in full.images)
-    assert len(full.images) == 2 * 20 + 8 + 1 + 1
+    assert len(full.images) == 2 * 20 + 8 + 1 + 1 + 1
 
 
 def test_a_page_tells_every_subject(full: Page):
     words = ("Autoregressive transformer", "Latent diffusion", "Tokenizer", "Raw pixels", "stranger", "never_heard_of")
     figures = ("23.46", "87.5", "4.57", "0.0123", "97.1", "1,234 training images", "4 × 4 = 16 tokens", "32 codes")
-    others = ("chosen block_2: 84.0 %", "animal 9", "8.5 s", "f00ddiffusion", "1.00e−09", "samples of diffusion")
+    others = (
+        "chosen block2: 84.0 %",
+        "FID-500",
+        "Copies",
+        "Density",
+        "0.800",
+        "animal 9",
+        "8.5 s",
+        "f00ddiffusion",
+        "1.00e−09",
+        "samples of diffusion",
+    )
     missing = [text for text in (*words, *figures, *others) if text not in full.words]
     assert not missing
     assert "nan" not in full.words
@@ -203,12 +225,38 @@ def test_a_page_tells_every_subject(full: Page):
 
 def test_a_probe_is_drawn_beside_its_baselines(full: Page, tmp_path: Path):
     chart = next(each for each in full.charts if each.startswith("Autoregressive transformer. chosen"))
-    told = ("chosen block_2", "untrained, chosen block_1: 87.0 %", "raw pixels 80.0 %", "tokenizer, codes: 82.0 %")
-    assert [each for each in told if each not in chart] == []
+    told = ["chosen block2", "k-NN, chosen block1: 75.0 %: from 75 to 76 %, 2 points", "raw pixels 80.0 %"]
+    told += ["untrained, chosen block1: 87.0 %", "tokenizer, codes: 82.0 %"]
+    assert [each for each in told if each.replace("76 %,", "76 top-1, %,") not in chart] == []
     folder = make_run(tmp_path / "zoo")
-    write_json(folder / "eval" / "probe.json", {"curve": [row for row in probe() if "diff" in row["family"]]})
-    (chart,) = (each for each in read(write_report(folder)).charts if "chosen" in each)
-    assert "untrained" not in chart and "raw pixels" not in chart
+    rows = [row for row in probe() if "diff" in row["family"]] + [
+        {"family": "dino", "tap": "timm:vit:dino", "test_top1": 0.88, "interval": None, "knn_top1": None}
+    ]
+    write_json(folder / "eval" / "probe.json", {"curve": rows})
+    page = read(write_report(folder))
+    (chart,) = (each for each in page.charts if "chosen" in each)
+    assert "untrained" not in chart and "raw pixels" not in chart and "k-NN" not in chart
+    assert "dino 88.0 %" in chart
+    assert "timm:vit:dino" in page.words and "top-5" not in page.words
+
+
+def test_the_sheet_of_nearest_training_images_is_shown_with_the_share_of_copies(full: Page, tmp_path: Path):
+    assert "copies: 12.5\u00a0% of 500 samples" in full.words
+    assert [image for image in full.images if "nearest training images" in image["alt"]]
+    folder = make_run(tmp_path / "zoo")
+    (folder / "eval" / "neighbours-diffusion.png").unlink()
+    assert "No sheets so far" in read(write_report(folder)).words
+
+
+def test_large_sheets_are_shrunk(tmp_path: Path):
+    (tmp_path / "eval").mkdir()
+    for family in ("autoregressive", "diffusion"):
+        Image.new("RGB", (1800, 2400), "orange").save(tmp_path / "eval" / f"neighbours-{family}.png")
+    shown = re.findall('base64,([^"]+)', gallery.neighbours(RunFiles(tmp_path)))
+    sizes = [Image.open(io.BytesIO(base64.b64decode(each))).size for each in shown]
+    assert len(sizes) == 2
+    assert sum(width * height for width, height in sizes) <= gallery.SECTION_PIXELS
+    assert all(abs(height / width - 4 / 3) < 0.01 for width, height in sizes)
 
 
 def diffusion_charts(folder: Path, lines: list[dict]) -> list[str]:
@@ -263,7 +311,7 @@ def test_samples_that_were_picked_are_told_as_such(full: Page):
     assert card == "95.0"  # the headline is of all samples
     assert "that picks the best candidates, and judges nothing, was trained" in full.words
     assert "Both learned from the same images, so they err alike" in full.words
-    assert "autoregressive block_2; untrained 85.0\u00a0%; raw pixels 80.0\u00a0%" in full.words
+    assert "autoregressive vim.block2; untrained 85.0\u00a0%; raw pixels 80.0\u00a0%" in full.words
 
 
 def test_headings_go_down_one_level_at_a_time(full: Page):
