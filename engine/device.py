@@ -82,6 +82,18 @@ class Device:
         torch.distributed.all_reduce(value)
         return value
 
+    def share_of(self, count: int) -> tuple[int, int]:
+        """First and last plus one of the `count` things that this process does, no two processes the same."""
+        return count * self.rank // self.world, count * (self.rank + 1) // self.world
+
+    def collect(self, values: list[Any]) -> list[Any]:
+        """The values of all processes, in the order of their ranks (collective)."""
+        if self.world == 1:
+            return values
+        lists: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(lists, values)
+        return [value for each in lists for value in each]
+
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()
 

@@ -1,4 +1,4 @@
-"""Trained networks from files that are there already: nothing is ever downloaded, and no code in a file is run."""
+"""Trained networks from files that are there already: `fetch_timm` alone downloads, and no code in a file is run."""
 
 from __future__ import annotations
 
@@ -61,26 +61,56 @@ def open_timm(
     Raises:
         ValueError: no such file or model, a model without settings, or weights that do not fit it.
     """
-    import timm
-
     if not path.is_file():
         raise ValueError(f"{key}=timm:{model}:{path}: no such weights file (working folder: {Path.cwd()}){remedy}")
     settings = _timm_settings(model, key)
     state = {} if blank else {name: value.float() for name, value in read_weights(path).items()}
     head = state.get(f"{_classifier(settings)}.weight")
-    flexible: dict[str, Any] = {"dynamic_img_size": True} if settings.get("fixed_input_size") and size else {}
-    try:
-        network = timm.create_model(model, num_classes=0 if head is None else len(head), **flexible)
-    except TypeError as error:
-        if not flexible:
-            raise
-        raise ValueError(f"{key}=timm:{model}: it takes images of its own size alone; leave :{size} out") from error
+    network = _created(model, settings, size, key, num_classes=0 if head is None else len(head))
     try:
         if not blank:
             network.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{key}=timm:{model}: the file's weights do not fit this model: {error}") from error
     return network, settings
+
+
+def fetch_timm(model: str, size: int | None, *, key: str) -> tuple[Any, dict[str, Any]]:
+    """A timm network with the weights that timm knows for it, in float32, and timm's settings of it (mean, std, ...).
+
+    They are taken from the cache of the Hugging Face hub or of torch hub, or else downloaded into it. timm refuses
+    weights that would run code, or prefers files that cannot.
+
+    Args:
+        size, key: as in `open_timm`.
+
+    Raises:
+        ValueError: no such model, one without weights or settings, or weights that cannot be had.
+    """
+    settings = _timm_settings(model, key)
+    try:
+        network = _created(model, settings, size, key, pretrained=True)
+    except ValueError:
+        raise
+    except Exception as error:  # no network, no weights, a full disk: each hub stumbles in a manner of its own
+        raise ValueError(
+            f"{key}=timm:{model}:pretrained: its weights could not be fetched ({error}). Get the file elsewhere and "
+            f"give {key}=timm:{model}:<weights file>"
+        ) from error
+    return network.float(), settings
+
+
+def _created(model: str, settings: dict[str, Any], size: int | None, key: str, **options: Any) -> Any:
+    """timm's network; one of a fixed input size is built for any, if another `size` than its own is asked."""
+    import timm
+
+    flexible: dict[str, Any] = {"dynamic_img_size": True} if settings.get("fixed_input_size") and size else {}
+    try:
+        return timm.create_model(model, **options, **flexible)
+    except TypeError as error:
+        if not flexible:
+            raise
+        raise ValueError(f"{key}=timm:{model}: it takes images of its own size alone; leave :{size} out") from error
 
 
 def _timm_settings(model: str, key: str) -> dict[str, Any]:

@@ -9,7 +9,13 @@ from typing import Any, Literal
 from engine.config import TrainConfig
 
 VARIANT_NAME = re.compile(r"(?!accept|step)[A-Za-z0-9][\w.+-]*")
-REPRESENTATIONS = ("pixels", "tokenizer", "autoregressive", "autoregressive_random", "diffusion")
+REPRESENTATIONS = {  # what begins the name of a tap, and the subject of its scores
+    "pixels": "pixels",
+    "tokenizer": "tokenizer",
+    "vim": "autoregressive",
+    "vim_random": "autoregressive_random",
+    "dit": "diffusion",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,31 +57,84 @@ class RejectionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OnlineProbeConfig:
+    epochs: int = 90
+    """Passes over the training images."""
+    warmup_epochs: float = 10
+    """Passes of linear warm-up; from there the learning rate falls to 0 as a cosine."""
+    batch_size: int = 1024
+    """Images per step, over all processes together."""
+    learning_rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    """Peak learning rates for a batch of 256, scaled with the batch: each tap has a head for every one."""
+    optimizer: Literal["sgd", "lars"] = "sgd"
+    """SGD with momentum 0.9, or LARS over it; neither decays weights."""
+    min_scale: float = 0.08
+    """Training images are random rectangles of at least so much of the image's area, resized; 1 takes it whole."""
+    flip: bool = True
+    """Mirror half of the training images."""
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 1 or not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError(
+                f"eval.probe.online: epochs={self.epochs} and batch_size={self.batch_size} must be at least 1, and"
+                f" warmup_epochs={self.warmup_epochs} must be below epochs, and not negative"
+            )
+        rates = self.learning_rates
+        if not rates or min(rates) <= 0 or len(set(rates)) < len(rates):
+            raise ValueError(f"eval.probe.online.learning_rates={list(rates)} must be above 0, differ, and be some")
+        if not 0 < self.min_scale <= 1:
+            raise ValueError(f"eval.probe.online.min_scale={self.min_scale} must be above 0 and at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    families: tuple[str, ...] = REPRESENTATIONS
-    """What is probed, as far as the run has it; pixels and autoregressive_random (untrained weights) are baselines."""
-    taps: Literal["all"] | tuple[str, ...] = "all"
-    """Names of the taps to probe in each family; all probes every one."""
-    c_grid: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    taps: tuple[str, ...] = ("pixels", "tokenizer.*", "vim.*", "vim_random.*", "dit.*")
+    """What is probed, as far as the run has it: <model>.<tap>, where * stands for anything, as tokenizer.patch,
+    tokenizer.encoder.2, tokenizer.post_quant, vim.block12, dit.block6@logsnr=0; the baselines pixels and vim_random.*
+    (untrained weights); or timm:<model>:<weights file>, as in eval.features."""
+    protocol: Literal["lbfgs", "mae"] = "lbfgs"
+    """lbfgs: logistic regression on features of the images as they are; mae: heads trained by SGD on features of
+    augmented images, as published for ImageNet."""
+    c_grid: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
     """Inverse penalties to choose from (scikit-learn's C)."""
     held_out: float = 0.1
-    """Share of the training images on which penalty and tap are chosen."""
+    """Share of the training images on which penalty or learning rate, and tap, are chosen."""
     num_train: int = 10_000
     """Training images at most; 0 takes all."""
     num_test: int = 0
     """Test images at most; 0 takes all."""
+    knn_k: int = 20
+    """Neighbours that vote in k-NN, which goes with lbfgs alone; 0 leaves it out."""
+    knn_temperature: float | None = 0.07
+    """Neighbours vote with exp(cosine similarity / temperature); null: alike."""
+    online: OnlineProbeConfig = field(default_factory=OnlineProbeConfig)
+    """How the heads of the protocol mae are trained."""
 
     def __post_init__(self) -> None:
-        known = ", ".join(REPRESENTATIONS)
-        if not self.families:
-            raise ValueError(f"eval.probe.families is empty; name any of {known}")
-        unknown = [family for family in self.families if family not in REPRESENTATIONS]
-        if unknown:
-            raise ValueError(f"eval.probe.families has {unknown[0]!r}; it takes any of {known}")
+        if not self.taps:
+            raise ValueError(f"eval.probe.taps is empty; name any of {', '.join(REPRESENTATIONS)}")
+        for tap in self.taps:
+            _check_tap(tap)
         if not self.c_grid or min(self.c_grid) <= 0:
             raise ValueError(f"eval.probe.c_grid={list(self.c_grid)} must hold at least one number, all above 0")
         if not 0 < self.held_out < 1:
             raise ValueError(f"eval.probe.held_out={self.held_out} must lie between 0 and 1")
+        for key in ("num_train", "num_test", "knn_k"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"eval.probe.{key}={getattr(self, key)} must not be negative")
+        if self.knn_temperature is not None and not self.knn_temperature > 0:
+            raise ValueError(f"eval.probe.knn_temperature={self.knn_temperature} must be above 0, or null")
+
+
+def _check_tap(tap: str) -> None:
+    """Raise ValueError unless a tap, or a pattern of taps, belongs to a model that could be there."""
+    if tap.startswith("timm:") and tap.count(":") > 1:
+        return
+    if tap.split(".")[0] not in REPRESENTATIONS:
+        known = ", ".join(model if model == "pixels" else f"{model}.*" for model in REPRESENTATIONS)
+        raise ValueError(f"eval.probe.taps has {tap!r}; it takes {known}, or timm:<model>:<weights file>")
+    if "@" in tap and not re.fullmatch(r"dit\..*@logsnr=[+-]?\d+(\.\d*)?", tap):
+        raise ValueError(f"eval.probe.taps has {tap!r}; only dit has noise levels, as dit.block6@logsnr=0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +145,19 @@ class EvalConfig:
     """Judges of images: classifier, inception, random, or timm:<model>:<weights file>[:<input size>]."""
     inception_weights: str | None = None
     """File of the FID Inception weights; absent: torch hub's checkpoint folder. Never downloaded."""
+    reference: str = "equal"
+    """Real images that samples are held against: equal, as many training images as samples; all, every training image
+    (as published FIDs have it); or a file or folder of images or of statistics (.npz)."""
+    convention: Literal["unbiased", "torch_fidelity"] = "unbiased"
+    """How FID's matrix root and KID are taken: unbiased, by singular values and over all pairs of images; or
+    torch_fidelity, as that package has them, by eigenvalues and over 100 random subsets of 1,000."""
+    infinity: bool = False
+    """Also extrapolate the Frechet distance to infinitely many samples (FID-infinity), from 15 sizes of the set."""
+    neighbours: int = 0
+    """Lines of a sheet of the samples nearest to training images, and the score `copies`; 0 leaves both out."""
+    cache: str | None = None
+    """Folder in which features are kept for this and other runs; absent: .features in run.root. It may be deleted
+    at any time."""
     lpips: Literal["auto", "none", "alex", "vgg", "squeeze"] = "auto"
     """LPIPS network; auto measures with each one whose trunk weights lie in torch hub's checkpoint folder."""
     batch_size: int = 128
@@ -113,6 +185,13 @@ class EvalConfig:
             raise ValueError(f"eval.num_samples={self.num_samples} is too few for any interval; take at least 20")
         if self.batch_size < 1:
             raise ValueError(f"eval.batch_size={self.batch_size} must be at least 1")
+        if self.neighbours < 0:
+            raise ValueError(f"eval.neighbours={self.neighbours} must not be negative; 0 leaves the sheet out")
+        if self.convention == "torch_fidelity" and self.num_samples < 1000:
+            raise ValueError(
+                f"eval.num_samples={self.num_samples} is too few for eval.convention=torch_fidelity, whose KID is over"
+                " subsets of 1,000 images"
+            )
         if self.rejection.acceptances and "classifier" in self.features and self._picks_as_it_judges:
             raise ValueError(
                 "eval.rejection.classifier is the very one that judges (eval.classifier), so its scores would be "
@@ -126,8 +205,9 @@ class EvalConfig:
 
     @property
     def main_features(self) -> str:
-        """The features under kid, precision and recall: Inception where it is listed, else the first listed."""
-        return "inception" if "inception" in self.features else self.features[0]
+        """The features under kid, precision, recall, density, coverage and the nearest neighbours: Inception where it
+        is listed, else the first listed."""
+        return next((spec for spec in self.features if spec.startswith("inception")), self.features[0])
 
 
 def _check_variant(name: str, values: dict[str, Any]) -> None:

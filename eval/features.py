@@ -1,13 +1,14 @@
-"""Judges of images: uint8 images -> feature vectors [B, D], and logits [B, K] where the network has classes.
+"""Judges of images: uint8 images -> named outputs: feature vectors, and logits where the network has classes.
 
-Nothing is ever downloaded, and only Inception's features give a score the name FID.
+Nothing is fetched, but for the weights of an entry that says `pretrained`; and only the published weights of Inception
+give a score the name FID.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
+import re
 from pathlib import Path
 
 import torch
@@ -16,15 +17,23 @@ from torch import Tensor, nn
 
 from engine.checkpoint import sha256
 from engine.images import to_float
-from engine.pretrained import checkpoint_folder, open_timm, read_weights, timm_parts
+from engine.pretrained import fetch_timm, open_timm, timm_parts
 from eval.classifier import Classifier
+from eval.inception import SIZE, Inception
+from eval.resize import RULES, resized
 
-INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
-INCEPTION_HASH = "6726825d"
+CHOICES = (
+    "classifier (with labelled images), inception[:<rule>], random, timm:<model>:<weights file>[:<input size>][:<rule>]"
+    f" or timm:<model>:pretrained[:<input size>][:<rule>], where a rule is one of {', '.join(RULES)}"
+)
+PRETRAINED = Path("pretrained")
+INCEPTION_RULE, TIMM_RULE = "tf1", "antialias"
+TAKEN = re.compile(r"(classifier|random|inception(-[0-9a-f]{8})?)(-(tf1|clean|antialias))?")
+PART = 8  # images at a time through Inception on a CPU: more take memory and no less time
 
 
 class Extractor(nn.Module):
-    """A frozen network that judges images. A subclass sets the four fields below and overrides `outputs`."""
+    """A frozen network that judges images. A subclass sets the three fields below and overrides `outputs`."""
 
     name: str
     """Last part of a score's name: fd_<name>."""
@@ -33,16 +42,16 @@ class Extractor(nn.Module):
     resize: str
     """How an image comes to the network's size and range."""
 
-    def outputs(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """uint8 [B, 3, H, W] -> features float32 [B, D] and logits [B, K], or None."""
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
+        """uint8 [B, 3, H, W] -> "features" float32 [B, D] and, where the network has K classes, "logits" [B, K]."""
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] -> features float32 [B, D]."""
-        return self.outputs(images)[0]
+        return self.outputs(images)["features"]
 
     def identity(self) -> dict[str, str]:
-        """What a score's protocol records of its features."""
+        """All that decides the outputs, for a score's protocol and for the cache of features."""
         return {"name": self.name, "weights": self.weights, "resize": self.resize}
 
 
@@ -55,9 +64,9 @@ class ClassifierFeatures(Extractor):
         super().__init__()
         self.network, self.weights = network, weights_hash(network)
 
-    def outputs(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
         features = self.network.features(images)
-        return features, self.network.head(features)
+        return {"features": features, "logits": self.network.head(features)}
 
 
 class RandomFeatures(Extractor):
@@ -75,58 +84,73 @@ class RandomFeatures(Extractor):
             self.convs.append(conv)
         self.weights = weights_hash(self)
 
-    def outputs(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
         x = to_float(images)
         for conv in self.convs:
             x = F.relu(conv(x))  # [B, C, H/2, W/2]
-        return F.adaptive_avg_pool2d(x, 2).flatten(1), None  # [B, 256]
+        return {"features": F.adaptive_avg_pool2d(x, 2).flatten(1)}  # [B, 256]
 
 
 class InceptionFeatures(Extractor):
-    """Inception-v3 of FID through torch-fidelity: pool3 (2048), and logits without bias as in the original score."""
+    """Inception-v3 of FID under a resize rule: pool3 (2048), and logits (1008) without bias.
 
-    name, resize = "inception", "TF1 bilinear to 299, no antialias; (x - 128) / 128"
+    Raises:
+        ValueError: weights that are missing, altered or of another network.
+    """
 
-    def __init__(self, weights: str | None) -> None:
+    def __init__(self, weights: str | None, rule: str = INCEPTION_RULE) -> None:
         super().__init__()
-        path = inception_file(weights)
-        self.weights = sha256(path)
-        if INCEPTION_HASH in path.name and not self.weights.startswith(INCEPTION_HASH):
-            found = self.weights[:8]
-            raise ValueError(f"{path}: sha256 starts with {found}, not {INCEPTION_HASH}: cut or altered; get it again")
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        self.network, self.rule = Inception(weights), rule
+        self.weights = self.network.weights
+        self.name = self.network.name + ("" if rule == INCEPTION_RULE else f"-{rule}")
+        self.resize = f"{RULES[rule].told.format(size=SIZE)}; (x - 128) / 128"
 
-        # torch-fidelity unpickles without restraint, so it is given a copy of what a safe load has let through.
-        safe = io.BytesIO()
-        torch.save(read_weights(path), safe)
-        safe.seek(0)
-        layers = ["2048", "logits_unbiased"]
-        self.network = FeatureExtractorInceptionV3("inception", layers, feature_extractor_weights_path=safe)
-
-    def outputs(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        features, logits = self.network(images)
-        return features, logits
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
+        parts = images.split(PART if images.device.type == "cpu" else len(images))
+        seen = [self.network(resized(part, SIZE, self.rule)) for part in parts]
+        features, logits = (torch.cat(rows) for rows in zip(*seen, strict=True))
+        return {"features": features, "logits": logits}
 
 
 class TimmFeatures(Extractor):
-    """Any timm network with a local weights file: its pooled features, and logits if the file has a classifier."""
+    """Any timm network: what it pools for its classifier (DINOv2: the class token), and logits if it has a classifier.
 
-    def __init__(self, model: str, path: Path, size: int | None) -> None:
+    Args:
+        path: the weights file, or PRETRAINED for those that timm fetches.
+        size: pixels along each side if they are to differ from the network's own.
+
+    Raises:
+        ValueError: weights that are missing or do not fit, or a file named like another judge.
+    """
+
+    def __init__(self, model: str, path: Path, size: int | None = None, rule: str = TIMM_RULE) -> None:
         super().__init__()
-        self.network, settings = open_timm(model, path, size, key="eval.features")
-        self.size = size or settings["input_size"][-1]
-        self.name, self.weights = path.stem.replace("_", "-"), sha256(path)
-        self.resize = f"bilinear antialiased to {self.size}; mean {settings['mean']}, std {settings['std']} of x / 255"
+        if path == PRETRAINED:
+            self.network, settings = fetch_timm(model, size, key="eval.features")
+            stem, self.weights = model, weights_hash(self.network)
+        else:
+            self.network, settings = open_timm(model, path, size, key="eval.features")
+            stem, self.weights = path.stem, sha256(path)
+        self.name = stem.replace("_", "-") + ("" if rule == TIMM_RULE else f"-{rule}")
+        if TAKEN.fullmatch(self.name):
+            raise ValueError(f"eval.features=timm:{model}:{path}: {self.name!r} is another judge; rename the file")
+        self.model, self.rule, self.size = model, rule, size or settings["input_size"][-1]
         self.mean, self.std = settings["mean"], settings["std"]
+        self.resize = f"{RULES[rule].told.format(size=self.size)}; mean {self.mean}, std {self.std} of x / 255"
 
-    def outputs(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        x = images.float() / 255
-        if x.shape[-2:] != (self.size, self.size):
-            x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
+        x = resized(images, self.size, self.rule) / 255  # [B, 3, S, S]
         mean, std = (x.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         maps = self.network.forward_features((x - mean) / std)
         features = self.network.forward_head(maps, pre_logits=True)  # [B, D]
-        return features, self.network.get_classifier()(features) if self.network.num_classes else None
+        classes = {"logits": self.network.get_classifier()(features)} if self.network.num_classes else {}
+        return {"features": features, **classes}
+
+    def identity(self) -> dict[str, str]:
+        # Two models may take the same weights and say different things, as with another activation function. A file
+        # that is named after its model tells which one it is.
+        told = self.name.startswith(self.model.partition(".")[0].replace("_", "-"))
+        return {**super().identity(), **({} if told else {"model": self.model})}
 
 
 def open_features(
@@ -135,53 +159,33 @@ def open_features(
     """The extractor that an entry of eval.features names, frozen and in eval mode.
 
     Args:
-        spec: classifier, inception, random, or timm:<model>:<weights file>[:<input size>].
+        spec: one of CHOICES.
+        inception_weights: file; absent: one of the usual names in torch hub's checkpoint folder.
         classifier: the trained network; needed for `classifier`.
 
     Raises:
         ValueError: an unknown entry, or weights that are missing or altered; says where they were looked for.
     """
-    kind, _, rest = spec.partition(":")
+    kind, colon, rest = spec.partition(":")
+    rule = rest if colon else INCEPTION_RULE
     extractor: Extractor
     if spec == "classifier" and classifier is not None:
         extractor = ClassifierFeatures(classifier)
     elif spec == "random":
         extractor = RandomFeatures()
-    elif spec == "inception":
-        extractor = InceptionFeatures(inception_weights)
+    elif kind == "inception" and rule in RULES:
+        extractor = InceptionFeatures(inception_weights, rule)
     elif kind == "timm" and ":" in rest:
-        extractor = TimmFeatures(*timm_parts(rest))
+        extractor = _open_timm_features(rest)
     else:
-        raise ValueError(
-            f"eval.features entry {spec!r} is unknown: use classifier (with labelled images), inception, random, "
-            "or timm:<model>:<weights file>[:<input size>]"
-        )
+        raise ValueError(f"eval.features entry {spec!r} is unknown: use {CHOICES}")
     return extractor.eval().requires_grad_(False)
 
 
-def score_name(score: str, features: str) -> str:
-    """A score's name under given features: fd -> fid, rfd -> rfid, is -> is for Inception, else <score>_<features>."""
-    assert score in ("fd", "rfd", "is")
-    if features == "inception":
-        return {"fd": "fid", "rfd": "rfid", "is": "is"}[score]
-    return f"{score}_{features}"
-
-
-def inception_file(given: str | None) -> Path:
-    """The Inception weights file: the given one, else one of the two usual names in torch hub's checkpoint folder.
-
-    Raises:
-        ValueError: not there; the message says where it was looked for.
-    """
-    candidates = [Path(given)] if given else [checkpoint_folder() / name for name in INCEPTION_FILES]
-    for path in candidates:
-        if path.is_file():
-            return path
-    looked = " and ".join(map(str, candidates))
-    raise ValueError(
-        f"FID needs the Inception weights, looked for at {looked}. Give a file with --eval.inception_weights=FILE "
-        f"({INCEPTION_FILES[0]} of torch-fidelity's release v0.2.0), or choose other --eval.features; none is fetched"
-    )
+def _open_timm_features(text: str) -> TimmFeatures:
+    """`<model>:<weights file or pretrained>[:<input size>][:<rule>]`."""
+    before, _, last = text.rpartition(":")
+    return TimmFeatures(*timm_parts(before), last) if last in RULES else TimmFeatures(*timm_parts(text))
 
 
 def weights_hash(module: nn.Module) -> str:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,18 +13,13 @@ from engine.config import RunConfig
 from engine.device import Device, exact_products
 from engine.images import ImageSet
 from eval.config import EvalConfig
-from eval.features import Extractor
-from eval.judge import (
-    Judged,
-    class_accuracy,
-    data_facts,
-    draw_indices,
-    drawn_batches,
-    judge,
-    png_batches,
-    sample_scores,
-)
+from eval.extraction import Seen
+from eval.judge import class_accuracy, data_facts, sample_scores
+from eval.neighbours import Archive, score_neighbours
+from eval.panel import Panel
+from eval.pictures import label_scheme, numbered
 from eval.protocol import Record, protocol, record
+from eval.standard import Standard
 from eval.statistics import mean_of
 from eval.variants import Sampling
 from generator.sample import sample
@@ -43,83 +36,91 @@ def ensure_samples(*, run: RunConfig, sampling: Sampling, num: int, device: Devi
     return sample(run=run, config=config, family=family, device=device, num=num, candidates=num, out=out)
 
 
-def check_enough_real(train_set: ImageSet, num: int) -> None:
-    """Raise ValueError if the training split is too small for two disjoint sets of `num` images."""
-    if 2 * num > len(train_set):
+def check_enough_real(train_set: ImageSet, config: EvalConfig) -> None:
+    """Raise ValueError if the training split is too small for the reference that is asked for."""
+    num = config.num_samples
+    if config.reference == "equal" and 2 * num > len(train_set):
         raise ValueError(
             f"eval.num_samples={num}: two disjoint sets of real images are needed, but the train split has "
-            f"{len(train_set)}; set --eval.num_samples={len(train_set) // 2} or less"
+            f"{len(train_set)}; set --eval.num_samples={len(train_set) // 2} or less, or --eval.reference=all"
         )
 
 
-def real_halves(
-    train_set: ImageSet, extractors: Sequence[Extractor], *, config: EvalConfig, device: torch.device
-) -> tuple[Judged, Judged]:
-    """Two disjoint sets of eval.num_samples real training images: the reference, and one to hold against it."""
-    num = config.num_samples
-    order = draw_indices(np.arange(len(train_set)), 2 * num, seed=0)
-    halves = [
-        judge(extractors, _images(train_set, part, config.batch_size), device=device, total=num, title=f"real/{name}")
-        for name, part in (("reference", order[:num]), ("control", order[num:]))
-    ]
-    return halves[0], halves[1]
-
-
-def score_real(
-    control: Judged, reference: Judged, extractors: Sequence[Extractor], *, main: str, train_set: ImageSet
-) -> list[Record]:
+def score_real(control: Seen | None, standard: Standard, panel: Panel, train_set: ImageSet) -> list[Record]:
     """What real images score against other real images: the best that a generator can hope for at this number."""
-    return sample_scores("real", control, reference, extractors, main=main, facts=data_facts(train_set))
+    if control is None:
+        return []
+    how: dict[str, Any] = {"config": panel.config, "main": panel.main.name, "facts": data_facts(train_set)}
+    return sample_scores("real", control, standard, panel.extractors, **how)
 
 
 def score_samples(
     subject: str,
     folder: Path,
-    reference: Judged,
-    extractors: Sequence[Extractor],
+    standard: Standard,
+    panel: Panel,
     *,
-    config: EvalConfig,
     train_set: ImageSet,
-    device: torch.device,
-    main: str,
     weights: str,
+    archive: Archive | None,
+    sheet: Path,
 ) -> list[Record]:
     """All scores of the samples in a folder under the name `subject`; `weights` says EMA or raw.
 
-    Of the best of more candidates the protocol tells how many they were and who picked.
+    Of the best of more candidates the protocol tells how many they were and who picked. With an archive the samples
+    nearest to training images are drawn in `sheet`. Every process must call it; all but the first get an empty list.
     """
+    pictures = numbered(folder, panel.config.num_samples, size=train_set.size, name=subject)
+    made = panel.see(pictures)
+    if not panel.device.is_main:
+        return []
     told = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
-    num = config.num_samples
-    batches = png_batches(folder, num, size=train_set.size, batch_size=config.batch_size)
-    made = judge(extractors, batches, device=device, total=num, title=f"judge/{subject}")
-    labels, seeds = torch.tensor(told["labels"][:num]), told["seeds"][:num]
-    facts: dict[str, Any] = {
-        **data_facts(train_set),
-        "subject": {
-            **{key: told[key] for key in ("generator", "tokenizer", "settings")},
-            **{key: told[key] for key in ("guide", "outside", "acceptance", "candidates", "classifier") if key in told},
-            "seeds": [seeds[0], seeds[-1]],
-            "labels": torch.bincount(labels + 1).tolist(),
-            "weights": weights,
-        },
-    }
-    records = sample_scores(subject, made, reference, extractors, main=main, facts=facts)
-    judge_of_classes = next((each for each in extractors if each.name == "classifier"), None)
+    labels = torch.tensor(told["labels"][: made.count])
+    facts = {**data_facts(train_set), **_sampling_facts(told, labels, weights)}
+    main = panel.main.name
+    records = sample_scores(subject, made, standard, panel.extractors, config=panel.config, main=main, facts=facts)
+    judge_of_classes = next((each for each in panel.extractors if each.name == "classifier"), None)
     if judge_of_classes is not None and int(labels.min()) >= 0:
         records.append(class_accuracy(subject, made, labels, judge_of_classes, facts=facts))
+    if archive is not None:
+        rows = panel.config.neighbours
+        records += score_neighbours(
+            subject, pictures, made.outputs[main], archive, panel.main, rows=rows, sheet=sheet, facts=facts
+        )
     return records
 
 
+def _sampling_facts(told: dict[str, Any], labels: Tensor, weights: str) -> dict[str, Any]:
+    """What the protocol says of samples: how they were drawn, of which models and weights."""
+    optional = ("guide", "outside", "acceptance", "candidates", "classifier")
+    seeds = told["seeds"][: len(labels)]
+    return {
+        "labels": label_scheme(labels),
+        "subject": {
+            **{key: told[key] for key in ("generator", "tokenizer", "settings")},
+            **{key: told[key] for key in optional if key in told},
+            "seeds": [seeds[0], seeds[-1]],
+            "label_counts": torch.bincount(labels + 1).tolist(),
+            "weights": weights,
+            "rounding": "halves round up",
+        },
+    }
+
+
 def score_likelihood(
-    generator: Any, tokenizer: Tokenizer, test_set: ImageSet, *, batch_size: int, device: torch.device, weights: str
+    generator: Any, tokenizer: Tokenizer, test_set: ImageSet, *, batch_size: int, device: Device, weights: str
 ) -> Record:
-    """nll: negative log likelihood of the test images' codes given their labels, in nats per code."""
-    values = []
+    """nll: negative log likelihood of the test images' codes given their labels, in nats per code.
+
+    Every process must call it; each takes a share of the images.
+    """
+    values, (start, stop) = [], device.share_of(len(test_set))
     with exact_products():
-        for batch in test_set.in_order(batch_size):
+        for batch in test_set.in_order(batch_size, start=start, stop=stop):
             labels = batch["labels"] if generator.num_classes else torch.full_like(batch["labels"], -1)
-            codes = tokenizer.encode(batch["images"].to(device))  # [B, T]
-            values.append(generator.nll(codes, labels.to(device)).cpu() / codes.shape[1])
+            codes = tokenizer.encode(batch["images"].to(device.device))  # [B, T]
+            values.append(generator.nll(codes, labels.to(device.device)).cpu() / codes.shape[1])
+    values = device.collect(values)
     estimate = mean_of(torch.cat(values))
     stated = protocol(
         settings={"unit": "nats per code", "tokenizer": tokenizer.fingerprint, "labels": bool(generator.num_classes)},
@@ -137,7 +138,3 @@ def weights_kind(config: Any) -> str:
     width, step = getattr(sample, "ema_width", None), getattr(sample, "snapshot", None)
     kind = f"ema {config.train.ema}" if config.train.ema else "raw"
     return (kind if width is None else f"power ema {width}") + ("" if step is None else f" at step {step}")
-
-
-def _images(images: ImageSet, indices: np.ndarray, batch_size: int) -> Iterator[Tensor]:
-    return (batch["images"] for batch in drawn_batches(images, indices, batch_size))

@@ -5,7 +5,7 @@ Penalty and tap are chosen on a held-out part of the training images; test image
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,53 +14,114 @@ from torch import Tensor
 
 from eval.statistics import Estimate, proportion
 
+BLOCK = 4096  # rows that are held in float64 at a time
+TOP = 5
+
+
+class Labelled(NamedTuple):
+    """Features float [N, D] of images and their classes int64 [N], on one device."""
+
+    features: Tensor
+    labels: Tensor
+
 
 class Choice(NamedTuple):
-    """A penalty and the held-out accuracy that speaks for it."""
+    """A penalty and the held-out accuracy that speaks for it.
+
+    `at_end` says that an end of the grid is better than its neighbour, so that a wider grid may hold a better one.
+    """
 
     c: float
     held_out: float
+    at_end: bool
+    weights: Tensor
 
 
 class TapScore(NamedTuple):
-    """Result of one tap: `held_out` decides between taps, `test` is reported."""
+    """Result of one tap: `held_out` decides between taps, `top1` and `top5` on test images are reported.
+
+    `setting` is what was chosen on held-out images: the inverse penalty C, or the learning rate of an online probe.
+    """
 
     tap: str
-    c: float
+    setting: float
     held_out: float
-    test: Estimate
+    at_end: bool
+    top1: Estimate
+    top5: Estimate | None
 
 
 def standardise(train: Tensor, *others: Tensor) -> list[Tensor]:
     """Features [N, D] shifted and scaled by the training part's mean and deviation; constant features become 0."""
-    mean, std = train.double().mean(0), train.double().std(0)
+    mean = train.mean(0, dtype=torch.float64)
+    squares = sum(((part.double() - mean).square().sum(0) for part in train.split(BLOCK)), torch.zeros_like(mean))
+    std = (squares / max(1, len(train) - 1)).sqrt()
     scale = torch.where(std > 1e-6 * (1 + mean.abs()), 1 / std, 0.0)
-    return [((x.double() - mean) * scale).float() for x in (train, *others)]
+
+    def scaled(x: Tensor) -> Tensor:
+        return torch.cat([((part.double() - mean) * scale).float() for part in x.split(BLOCK)])
+
+    return [scaled(x) for x in (train, *others)]
+
+
+def second_moments(features: Tensor) -> Tensor:
+    """X^T X / N of features [N, D], float64 [D, D]: all that `fit_logistic` needs to know of their shape."""
+    total = features.new_zeros(features.shape[1], features.shape[1], dtype=torch.float64)
+    for part in features.split(BLOCK):
+        x = part.double()
+        total.addmm_(x.T, x)
+    return total / len(features)
 
 
 def fit_logistic(
-    features: Tensor, labels: Tensor, *, num_classes: int, c: float, start: Tensor | None = None
+    features: Tensor,
+    labels: Tensor,
+    *,
+    num_classes: int,
+    c: float,
+    moments: Tensor | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
-    """Weights [D + 1, K] (last row: bias) of the minimum of sum of losses + ||W||^2 / (2 c), as scikit-learn's C."""
-    x = torch.cat([features, features.new_ones(len(features), 1)], dim=1)  # [N, D + 1]
-    weights = x.new_zeros(x.shape[1], num_classes) if start is None else start.clone()
-    weights.requires_grad_(True)
-    solver = torch.optim.LBFGS([weights], max_iter=100, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+    """Weights [D + 1, K] (last row: bias) of the minimum of sum of losses + ||W||^2 / (2 c), as scikit-learn's C.
+
+    L-BFGS searches U = L^T W, where L L^T is the loss's second derivative at W = 0 but for the coupling of classes,
+    X^T X / (N K) + 1 / (c N). There all directions are about equally steep, so that tens of steps suffice where
+    correlated features, such as pixels, take many hundreds.
+
+    Args:
+        features: [N, D], standardised.
+        labels: int64 [N] in 0 .. num_classes - 1.
+        moments: `second_moments` of the features, if they are known already.
+        start: weights to begin at; absent: zeros.
+    """
+    ridge = 1 / (c * len(features))
+    curvature = (second_moments(features) if moments is None else moments) / num_classes
+    curvature.diagonal().add_(ridge)
+    upper = torch.linalg.cholesky(curvature).T.float()  # [D, D]
+    first = features.new_zeros(features.shape[1] + 1, num_classes) if start is None else start
+    turned, bias = (upper @ first[:-1]).requires_grad_(True), first[-1].clone().requires_grad_(True)
+    solver = torch.optim.LBFGS([turned, bias], max_iter=200, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         solver.zero_grad()
-        penalty = weights[:-1].square().sum() / (2 * c * len(x))
-        loss = F.cross_entropy(x @ weights, labels) + penalty
+        weights = torch.linalg.solve_triangular(upper, turned, upper=True)  # [D, K]
+        loss = F.cross_entropy(features @ weights + bias, labels) + ridge / 2 * weights.square().sum()
         loss.backward()
         return loss
 
     solver.step(closure)  # type: ignore[no-untyped-call]
-    return weights.detach()
+    weights = torch.linalg.solve_triangular(upper, turned.detach(), upper=True)
+    return torch.cat([weights, bias.detach()[None]])
 
 
 def predict(features: Tensor, weights: Tensor) -> Tensor:
-    """Classes int64 [N]."""
-    return (features @ weights[:-1] + weights[-1]).argmax(1)
+    """Logits [N, K] of features [N, D] under weights [D + 1, K]."""
+    return features @ weights[:-1] + weights[-1]
+
+
+def top_hits(logits: Tensor, labels: Tensor, top: int = 1) -> int:
+    """How many rows [N, K] have their label [N] among the `top` largest; a label beyond K is never there."""
+    return int((logits.topk(top, dim=1).indices == labels[:, None]).sum())
 
 
 def held_out_split(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -80,14 +141,48 @@ def choose_penalty(
     train: Tensor, labels: Tensor, *, num_classes: int, c_grid: Sequence[float], held_out: float, seed: int
 ) -> Choice:
     """The penalty with the best accuracy on held-out training images; of equals the strongest penalty."""
-    fitted, held = held_out_split(len(train), held_out, seed)
+    fitted, held = (rows.to(train.device) for rows in held_out_split(len(train), held_out, seed))
     x, held_x = standardise(train[fitted], train[held])
-    weights, choices = None, []
+    moments, start, found = second_moments(x), None, []
     for c in sorted(c_grid):
-        weights = fit_logistic(x, labels[fitted], num_classes=num_classes, c=c, start=weights)
-        accuracy = (predict(held_x, weights) == labels[held]).double().mean()
-        choices.append(Choice(c, float(accuracy)))
-    return max(choices, key=lambda choice: (choice.held_out, -choice.c))
+        start = fit_logistic(x, labels[fitted], num_classes=num_classes, c=c, moments=moments, start=start)
+        found.append((c, top_hits(predict(held_x, start), labels[held]) / len(held), start))
+    accuracies = [accuracy for _, accuracy, _ in found]
+    best = accuracies.index(max(accuracies))
+    c, accuracy, weights = found[best]
+    return Choice(c, accuracy, at_end=at_open_end(accuracies), weights=weights)
+
+
+def at_open_end(accuracies: Sequence[float]) -> bool:
+    """Whether the best of a grid, of equals the first, stands at an end and is better than its neighbour."""
+    best = list(accuracies).index(max(accuracies))
+    if len(accuracies) < 2 or 0 < best < len(accuracies) - 1:
+        return False
+    return accuracies[best] > accuracies[1 if best == 0 else -2]
+
+
+def count_classes(labels: Tensor) -> int:
+    """Classes 0 .. K - 1 that the training labels [N] speak of.
+
+    Raises:
+        ValueError: fewer than two of them occur.
+    """
+    if len(labels.unique()) < 2:
+        raise ValueError("a linear probe needs training labels of at least two classes")
+    return int(labels.max()) + 1
+
+
+def tap_score(tap: str, logits: Tensor, labels: Tensor, *, setting: float, held_out: float, at_end: bool) -> TapScore:
+    """The score of a tap from the logits [N, K] of test images; top-5 only where there are more than five classes.
+
+    A test image of a class beyond K counts as wrong.
+    """
+    top1, top5 = (
+        proportion(top_hits(logits, labels, top), len(labels)) if logits.shape[1] > top or top == 1 else None
+        for top in (1, TOP)
+    )
+    assert top1 is not None
+    return TapScore(tap, setting, held_out, at_end, top1, top5)
 
 
 def probe_tap(
@@ -101,37 +196,19 @@ def probe_tap(
     held_out: float,
     seed: int = 0,
 ) -> TapScore:
-    """Probe one representation: features [N, D] with labels int64 [N].
+    """Probe one representation: features [N, D] with labels int64 [N], all on one device.
 
     The classes are those of the training images; a test image of another one counts as wrong.
 
     Raises:
         ValueError: fewer than two classes.
     """
-    num_classes = int(train_labels.max()) + 1
-    if len(train_labels.unique()) < 2:
-        raise ValueError("a linear probe needs training labels of at least two classes")
+    num_classes = count_classes(train_labels)
     choice = choose_penalty(train, train_labels, num_classes=num_classes, c_grid=c_grid, held_out=held_out, seed=seed)
     x, test_x = standardise(train, test)
-    weights = fit_logistic(x, train_labels, num_classes=num_classes, c=choice.c)
-    hits = int((predict(test_x, weights) == test_labels).sum())
-    return TapScore(tap, choice.c, choice.held_out, proportion(hits, len(test_labels)))
-
-
-def probe_curve(
-    taps: Mapping[str, tuple[Tensor, Tensor]],
-    train_labels: Tensor,
-    test_labels: Tensor,
-    *,
-    c_grid: Sequence[float],
-    held_out: float,
-    seed: int = 0,
-) -> list[TapScore]:
-    """One score per tap, for taps {name: (train features, test features)}."""
-    return [
-        probe_tap(tap, train, train_labels, test, test_labels, c_grid=c_grid, held_out=held_out, seed=seed)
-        for tap, (train, test) in taps.items()
-    ]
+    weights = fit_logistic(x, train_labels, num_classes=num_classes, c=choice.c, start=choice.weights)
+    answers = predict(test_x, weights)
+    return tap_score(tap, answers, test_labels, setting=choice.c, held_out=choice.held_out, at_end=choice.at_end)
 
 
 def best_tap(curve: Sequence[TapScore]) -> TapScore:

@@ -24,7 +24,7 @@ from engine.log import progress
 from eval.classifier import Classifier, train_classifier
 from eval.config import ClassifierConfig, check_acceptance
 from eval.features import Extractor, weights_hash
-from eval.judge import png_batches
+from eval.pictures import numbered
 from generator.config import AutoregressiveConfig, DiffusionConfig
 from generator.sample import open_generator, sample, sample_request
 from generator.sample_folder import (
@@ -184,7 +184,8 @@ def asked_log_probabilities(
     folder: Path, labels: Tensor, network: Classifier, *, image_size: int, device: torch.device
 ) -> Tensor:
     """log p(asked class | image), float64 [M], of the first M samples in a folder, labels int64 [M]."""
-    parts, batches = labels.split(BATCH), png_batches(folder, len(labels), size=image_size, batch_size=BATCH)
+    parts = labels.split(BATCH)
+    batches = numbered(folder, len(labels), size=image_size, name="candidates").batches(BATCH)
     found = []
     with exact_products(), progress(total=len(labels), title="rejection", unit="image") as bar:
         for images, asked in zip(batches, parts, strict=True):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from engine.checkpoint import load_model, write_json
 from engine.config import DataConfig, RunConfig
@@ -20,13 +22,17 @@ from eval.features import Extractor, open_features
 from eval.generator_scores import (
     check_enough_real,
     ensure_samples,
-    real_halves,
     score_likelihood,
     score_real,
     score_samples,
     weights_kind,
 )
+from eval.neighbours import open_archive
+from eval.panel import Panel, cache_of
+from eval.pictures import drawn
+from eval.probe_scores import score_probe
 from eval.protocol import Record, drop_scores, drop_stale, merge_scores
+from eval.reference_files import open_reference
 from eval.rejection import (
     Picker,
     check_no_judge,
@@ -35,13 +41,13 @@ from eval.rejection import (
     sample_accepted,
     subject_name,
 )
+from eval.standard import open_standard, training_pictures
 from eval.table import table
 from eval.taps import (
     Representation,
     encoded_once,
     generator_representation,
     pixel_representation,
-    probe_representation,
     random_representation,
     tokenizer_representation,
 )
@@ -151,20 +157,27 @@ def evaluate(
         device=device,
     )
     if "fid" in parts:
-        check_enough_real(subject.train_set, eval.num_samples)
-    extractors = [] if only == "probe" else open_extractors(subject)
-    folders = _samples(subject, extractors) if "fid" in parts else []
-    records: list[Record] = []
+        check_enough_real(subject.train_set, eval)
+    panel = Panel(
+        extractors=[] if only == "probe" else open_extractors(subject),
+        config=eval,
+        cache=cache_of(run, eval),
+        device=device,
+    )
+    folders = _samples(subject, panel.extractors) if "fid" in parts else []
+    path = run.folder / "eval" / "metrics.json"
     if device.is_main:
-        path = run.folder / "eval" / "metrics.json"
         drop_stale(path, subject.fingerprints if only else ())
-        for part in parts:
-            found = _score(part, subject, extractors, folders)
+    records: list[Record] = []
+    for part in parts:
+        found = _score(part, subject, panel, folders)
+        if device.is_main:
             if part == "fid":
                 drop_scores(path, lambda entry: "@" in entry["subject"])  # some may no longer be asked for
                 _remove_unasked(subject, folders)
             merge_scores(path, found)
-            records += found
+        records += found
+    if device.is_main:
         print(table(records))
     device.barrier()
     return records
@@ -182,7 +195,7 @@ def check_snapshots(folder: Path, families: dict[str, GeneratorConfig]) -> None:
 def check(*, data: DataConfig, eval: EvalConfig, device: Device) -> None:
     """Raise now the ValueError that `evaluate` would raise after hours of training: too few images, labels, weights."""
     train_set, test_set = open_images(data, "train"), open_images(data, "test")
-    check_enough_real(train_set, eval.num_samples)
+    check_enough_real(train_set, eval)
     if (train_set.labels >= 0).any() and not (test_set.labels >= 0).any():
         raise ValueError("the training images have labels, the test images none: give labelled ones as data.test_path")
     for spec in eval.features:
@@ -196,6 +209,8 @@ def check(*, data: DataConfig, eval: EvalConfig, device: Device) -> None:
         classes = check_classes(train_set, asked="eval.rejection.acceptances is set", remedy="leave it empty")
         if eval.rejection.classifier.path is not None:
             load_classifier(Path(eval.rejection.classifier.path), num_classes=classes, device=device)
+    if eval.reference not in ("equal", "all"):
+        open_reference(eval.reference, size=data.size)
     for net in lpips_nets(eval.lpips, data.size) if eval.lpips != "auto" else ():
         load_lpips(net, device.device)
 
@@ -213,79 +228,74 @@ def open_extractors(subject: Subject) -> list[Extractor]:
     return [extractor.to(subject.device.device) for extractor in opened]
 
 
-def _score(part: str, subject: Subject, extractors: Sequence[Extractor], folders: Sequence[Drawn]) -> list[Record]:
+def _score(part: str, subject: Subject, panel: Panel, folders: Sequence[Drawn]) -> list[Record]:
     if part == "reconstruction":
-        return score_tokenizer(
-            subject.tokenizer,
-            subject.test_set,
-            extractors,
-            config=subject.config,
-            device=subject.device.device,
-            weights=subject.tokenizer_weights,
-        )
-    return _score_generators(subject, extractors, folders) if part == "fid" else _probe(subject)
+        return score_tokenizer(subject.tokenizer, subject.test_set, panel, weights=subject.tokenizer_weights)
+    return _score_generators(subject, panel, folders) if part == "fid" else _probe(subject)
 
 
-def _score_generators(subject: Subject, extractors: Sequence[Extractor], folders: Sequence[Drawn]) -> list[Record]:
-    config, device, train_set = subject.config, subject.device.device, subject.train_set
-    main = extractors[config.features.index(config.main_features)].name
-    reference, control = real_halves(train_set, extractors, config=config, device=device)
-    records = score_real(control, reference, extractors, main=main, train_set=train_set)
-    for (name, _, drawn), folder in folders:
+def _score_generators(subject: Subject, panel: Panel, folders: Sequence[Drawn]) -> list[Record]:
+    train_set, test_set = subject.train_set, subject.test_set
+    standard, control = open_standard(train_set, test_set, panel)
+    archive = None
+    if panel.config.neighbours and folders:
+        held_out = drawn(test_set, np.arange(len(test_set)), name="test images")
+        archive = open_archive(training_pictures(train_set), held_out, panel)
+    records = score_real(control, standard, panel, train_set) if panel.device.is_main else []
+    for (name, _, config), folder in folders:
         records += score_samples(
-            name, folder, reference, extractors, config=config, train_set=train_set, device=device, main=main,
-            weights=weights_kind(drawn),
+            name, folder, standard, panel, train_set=train_set, weights=weights_kind(config), archive=archive,
+            sheet=subject.run.folder / "eval" / f"neighbours-{name}.png",
         )  # fmt: skip
-    return records + [_likelihood(subject, family) for family in subject.families if family == "autoregressive"]
+    for family in subject.families:
+        if family == "autoregressive":
+            records += _likelihood(subject, family)
+    return records
 
 
-def _likelihood(subject: Subject, family: str) -> Record:
-    return score_likelihood(
+def _likelihood(subject: Subject, family: str) -> list[Record]:
+    entry = score_likelihood(
         subject.generator(family),
         subject.tokenizer,
         subject.test_set,
         batch_size=subject.config.batch_size,
-        device=subject.device.device,
+        device=subject.device,
         weights=weights_kind(subject.families[family]),
     )
+    return [entry] if subject.device.is_main else []
 
 
 def _probe(subject: Subject) -> list[Record]:
-    """Probe every family that the run has, and write the curves to eval/probe.json."""
-    if len(set(subject.train_set.labels.tolist()) - {-1}) < 2:
-        print("probe left out: the images have no labels of at least two classes")
-        return []
-    records, curve = [], []
-    for representation in _representations(subject):
-        entry, rows = probe_representation(
-            representation,
-            subject.config.probe,
-            train_set=subject.train_set,
-            test_set=subject.test_set,
-            batch_size=subject.config.batch_size,
-            device=subject.device.device,
-        )
-        records.append(entry)
-        curve += rows
-    write_json(subject.run.folder / "eval" / "probe.json", {"protocol": records[0]["protocol"], "curve": curve})
+    """Probe every model that the run has, and write the curves to eval/probe.json."""
+    records, content = score_probe(
+        subject.config.probe,
+        _representations(subject),
+        train_set=subject.train_set,
+        test_set=subject.test_set,
+        run=subject.run,
+        cache=cache_of(subject.run, subject.config),
+        batch_size=subject.config.batch_size,
+        device=subject.device,
+    )
+    if records and subject.device.is_main:
+        write_json(subject.run.folder / "eval" / "probe.json", content)
     return records
 
 
-def _representations(subject: Subject) -> Iterator[Representation]:
-    """What eval.probe.families names and the run has, one after the other."""
-    tokenizer, wanted = subject.tokenizer, subject.config.probe.families
+def _representations(subject: Subject) -> dict[str, Callable[[], Representation]]:
+    """What the run has that can be probed, by the prefix of its taps; made when a tap of it is asked for."""
+    tokenizer = subject.tokenizer
     encode = encoded_once(tokenizer)
     makers: dict[str, Callable[[], Representation]] = {
         "pixels": pixel_representation,
         "tokenizer": lambda: tokenizer_representation(tokenizer),
-        "autoregressive": lambda: generator_representation(subject.generator("autoregressive"), tokenizer, encode),
-        "autoregressive_random": lambda: random_representation(subject.generator("autoregressive"), tokenizer, encode),
-        "diffusion": lambda: generator_representation(subject.generator("diffusion"), tokenizer, encode),
     }
-    for name, make in makers.items():
-        family = name.removesuffix("_random")
-        if name in wanted and (family in subject.families or family in ("pixels", "tokenizer")):
-            yield make()
+    if "autoregressive" in subject.families:
+        makers["vim"] = lambda: generator_representation(subject.generator("autoregressive"), tokenizer, encode)
+        makers["vim_random"] = lambda: random_representation(subject.generator("autoregressive"), tokenizer, encode)
+    if "diffusion" in subject.families:
+        makers["dit"] = lambda: generator_representation(subject.generator("diffusion"), tokenizer, encode)
+    return makers
 
 
 def _classifier(subject: Subject) -> tuple[Classifier, dict[str, Any]]:

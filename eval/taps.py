@@ -1,79 +1,127 @@
-"""What the linear probe looks at: pooled activations of the trained models at their taps, and raw pixels."""
+"""What a probe looks at: pooled activations of frozen models at named taps, and raw pixels.
+
+A tap is named `<model>.<tap>`, such as `tokenizer.post_quant`, `vim.block12` or `dit.block6@logsnr=0`; raw pixels are
+`pixels`, and a network of timm has one tap, whose name is its entry `timm:<model>:<weights>`. All taps of a model come
+from one pass, but for noise levels, which take one each.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import math
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.device import exact_products
-from engine.images import ImageSet, to_float
-from engine.log import progress
-from eval.config import ProbeConfig
-from eval.judge import data_facts, draw_indices, drawn_batches
-from eval.probe import TapScore, best_tap, probe_curve
-from eval.protocol import Record, protocol, record
+from engine.images import to_float
+from eval.config import REPRESENTATIONS
+from eval.features import open_features
+from generator.diffusion import FEATURE_LOGSNR
 
 PIXEL_SIDE = 32  # larger images are shrunk for the pixel baseline
 RANDOM_SEED = 0  # of the untrained twin
+REMEMBERED = 1024  # images whose codes are kept for the next model
+
+Read = Callable[[Tensor, Sequence[str]], dict[str, Tensor]]  # uint8 [B, 3, H, W], taps -> float [B, D] under each
+Encode = Callable[[Tensor], tuple[Tensor | None, Tensor]]  # uint8 [B, 3, H, W] -> codes [B, T] or None, latents
 
 
-class Representation(NamedTuple):
-    """A family with named taps; `features(images, taps)` gives float [B, D] for each tap."""
+@dataclass(kw_only=True)
+class Representation:
+    """A frozen model on its device, and those of its taps that are read: what `extraction.extract` takes."""
 
-    family: str
+    name: str
+    """The model, which begins the names of its taps."""
+    subject: str
+    """What its scores are said of."""
     taps: tuple[str, ...]
-    features: Callable[[Tensor, Sequence[str]], list[Tensor]]
+    """Whole names."""
+    read: Read
     facts: dict[str, Any]
+    """What decides the activations, JSON-ready."""
+
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
+        """uint8 [B, 3, H, W] -> float32 [B, D] under each tap."""
+        return {tap: features.float() for tap, features in self.read(images, self.taps).items()}
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides `outputs`."""
+        return {"name": self.name, "taps": list(self.taps), **self.facts}
+
+    def at(self, patterns: Sequence[str]) -> Representation:
+        """The same with those taps alone that a pattern names; patterns of other models are passed over.
+
+        Raises:
+            ValueError: a pattern that names no tap of this model.
+        """
+        found: list[str] = []
+        for pattern in (each for each in patterns if model_of(each) == self.name):
+            base, at, level = pattern.partition("@")
+            named = [f"{tap}{at}{level}" for tap in self.taps if fnmatchcase(tap, base)]
+            if not named:
+                raise ValueError(f"eval.probe.taps has {pattern!r}, but {self.name} has {', '.join(self.taps)}")
+            found += named
+        return replace(self, taps=tuple(dict.fromkeys(found)))
+
+
+def model_of(tap: str) -> str:
+    """The model that a tap, or a pattern of taps, belongs to."""
+    return tap if tap.startswith("timm:") else tap.split(".")[0]
+
+
+def asked_representations(
+    patterns: Sequence[str], makers: Mapping[str, Callable[[], Representation]], device: torch.device
+) -> list[Representation]:
+    """Every model that the patterns ask for and that is there or named by a file, in the order of the patterns.
+
+    Args:
+        makers: for each model that is there, what opens it.
+
+    Raises:
+        ValueError: a pattern that names no tap of its model, or a file that cannot be opened.
+    """
+    opened = []
+    for model in dict.fromkeys(map(model_of, patterns)):
+        if model in makers:
+            opened.append(makers[model]().at(patterns))
+        elif model.startswith("timm:"):
+            opened.append(timm_representation(model, device))
+    return opened
 
 
 def pixel_representation() -> Representation:
     """Raw pixels, shrunk to at most 32 x 32."""
-    return Representation("pixels", ("pixels",), lambda images, taps: [_pixels(images)], {})
+
+    def read(images: Tensor, taps: Sequence[str]) -> dict[str, Tensor]:
+        return {"pixels": _pixels(images)}
+
+    facts = {"resize": f"bilinear antialiased to at most {PIXEL_SIDE}"}
+    return Representation(name="pixels", subject="pixels", taps=("pixels",), read=read, facts=facts)
 
 
 def tokenizer_representation(tokenizer: Any) -> Representation:
-    """Activations of the tokenizer's encoder."""
-
-    def features(images: Tensor, taps: Sequence[str]) -> list[Tensor]:
-        return [tokenizer.features(images, tap) for tap in taps]
-
-    return Representation("tokenizer", tuple(tokenizer.taps), features, {"tokenizer": tokenizer.fingerprint})
-
-
-Encode = Callable[[Tensor], Tensor]  # uint8 images [B, 3, H, W] -> codes int64 [B, T]
-
-
-def encoded_once(tokenizer: Any) -> Encode:
-    """The tokenizer's `encode` for several representations of the same images: each batch is encoded for the first."""
-    known: dict[bytes, Tensor] = {}
-
-    def encode(images: Tensor) -> Tensor:
-        key = hashlib.sha256(images.cpu().numpy().tobytes()).digest()
-        if key not in known:
-            known[key] = tokenizer.encode(images).cpu()
-        return known[key].to(images.device)
-
-    return encode
+    """Activations of the tokenizer's encoder and bottleneck."""
+    return _of_model("tokenizer", tokenizer.taps, tokenizer.features, {"tokenizer": tokenizer.fingerprint})
 
 
 def generator_representation(generator: Any, tokenizer: Any, encode: Encode) -> Representation:
     """Activations of a generator's blocks over the codes or latents of real images, behind the null label."""
-    codes = encode if generator.family == "autoregressive" else tokenizer.to_latents
-    facts = {"generator": generator.fingerprint, "tokenizer": tokenizer.fingerprint}
+    facts: dict[str, Any] = {"generator": generator.fingerprint, "tokenizer": tokenizer.fingerprint}
     if generator.num_classes and not generator.label_dropout:
         print(
             f"probe: {generator.family} was trained with label_dropout=0 and never saw the null label that its features"
             f" stand behind; for a fair probe train with {generator.family}.model.label_dropout above 0"
         )
         facts["null_label"] = "never trained"
-    return Representation(generator.family, tuple(generator.taps), _features_of(generator, codes), facts)
+    if generator.family == "diffusion":
+        facts["logsnr"] = FEATURE_LOGSNR
+    name = next(model for model, subject in REPRESENTATIONS.items() if subject == generator.family)
+    return _of_model(name, generator.taps, _over(generator, encode), facts)
 
 
 def random_representation(generator: Any, tokenizer: Any, encode: Encode) -> Representation:
@@ -84,87 +132,58 @@ def random_representation(generator: Any, tokenizer: Any, encode: Encode) -> Rep
         "tokenizer": tokenizer.fingerprint,
         "weights": f"random, seed {RANDOM_SEED}",
     }
-    return Representation(f"{generator.family}_random", tuple(twin.taps), _features_of(twin, encode), facts)
+    return _of_model("vim_random", twin.taps, _over(twin, encode), facts)
 
 
-def _features_of(generator: Any, encode: Encode) -> Callable[[Tensor, Sequence[str]], list[Tensor]]:
-    def features(images: Tensor, taps: Sequence[str]) -> list[Tensor]:
-        tokens = encode(images)
-        if generator.family == "autoregressive":
-            return generator.features_at(tokens, taps)
-        return [generator.features(tokens, tap) for tap in taps]
-
-    return features
-
-
-def probe_representation(
-    representation: Representation,
-    config: ProbeConfig,
-    *,
-    train_set: ImageSet,
-    test_set: ImageSet,
-    batch_size: int,
-    device: torch.device,
-) -> tuple[Record, list[dict[str, Any]]]:
-    """Probe every chosen tap: the record of the best one (best on held-out training images) and the whole curve.
+def timm_representation(spec: str, device: torch.device) -> Representation:
+    """The pooled features of a network of timm, `timm:<model>:<weights>`.
 
     Raises:
-        ValueError: a tap in eval.probe.taps that the family does not have.
+        ValueError: no such model or file, or weights that do not fit.
     """
-    taps = chosen_taps(representation, config)
-    train, train_labels = _collect(representation, taps, train_set, config.num_train, batch_size, device)
-    test, test_labels = _collect(representation, taps, test_set, config.num_test, batch_size, device)
-    pairs = {tap: (train[tap], test[tap]) for tap in taps}
-    curve = probe_curve(pairs, train_labels, test_labels, c_grid=config.c_grid, held_out=config.held_out)
-    best = best_tap(curve)
-    stated = protocol(
-        settings={"c_grid": config.c_grid, "held_out": config.held_out, "num_train": len(train_labels)},
-        num_real=len(test_labels),
-        **data_facts(test_set),
-        reference=[train_set.identity().get("digest"), test_set.identity().get("digest")],
-        subject=representation.facts,
-    )
-    entry = record("probe_top1", representation.family, best.test, n=len(test_labels), protocol=stated, tap=best.tap)
-    return entry, [_row(representation.family, score) for score in curve]
+    extractor = open_features(spec).to(device)
+
+    def read(images: Tensor, taps: Sequence[str]) -> dict[str, Tensor]:
+        return {spec: extractor.outputs(images)["features"]}
+
+    return Representation(name=spec, subject=extractor.name, taps=(spec,), read=read, facts=extractor.identity())
 
 
-def chosen_taps(representation: Representation, config: ProbeConfig) -> tuple[str, ...]:
-    """The taps of a family that are to be probed; the pixel baseline always is.
+def encoded_once(tokenizer: Any) -> Encode:
+    """The tokenizer's `codes_and_latents` for several models that look at the same images one after the other."""
+    known: OrderedDict[bytes, tuple[Tensor | None, Tensor]] = OrderedDict()
 
-    Raises:
-        ValueError: none of the listed taps is the family's.
-    """
-    if config.taps == "all" or representation.family == "pixels":
-        return representation.taps
-    taps = tuple(tap for tap in config.taps if tap in representation.taps)
-    if not taps:
-        listed, known = ", ".join(config.taps), ", ".join(representation.taps)
-        raise ValueError(f"eval.probe.taps={listed}: none is a tap of {representation.family}, which has {known}")
-    return taps
+    def encode(images: Tensor) -> tuple[Tensor | None, Tensor]:
+        key = hashlib.sha256(images.cpu().numpy().tobytes()).digest()
+        if key not in known:
+            known[key] = tokenizer.codes_and_latents(images)
+            while len(known) > 1 and sum(len(latents) for _, latents in known.values()) > REMEMBERED:
+                known.popitem(last=False)
+        return known[key]
+
+    return encode
 
 
-def _collect(
-    representation: Representation,
-    taps: Sequence[str],
-    images: ImageSet,
-    num: int,
-    batch_size: int,
-    device: torch.device,
-) -> tuple[Mapping[str, Tensor], Tensor]:
-    """Features {tap: float32 [N, D]} and labels [N] of labelled images, centre crop, no augmentation."""
-    indices = draw_indices(np.flatnonzero(images.labels >= 0), num, seed=0)
-    parts: dict[str, list[Tensor]] = {tap: [] for tap in taps}
-    labels = []
-    title = f"probe/{representation.family}/{images.split}"
-    with exact_products(), progress(total=len(indices), title=title, unit="image") as bar:
-        for batch in drawn_batches(images, indices, batch_size):
-            found = representation.features(batch["images"].to(device), taps)
-            for tap, features in zip(taps, found, strict=True):
-                parts[tap].append(features.float().cpu())
-            labels.append(batch["labels"])
-            bar.update(len(batch["labels"]))
-    # Outside inference mode the clones may take part in the probe's autograd.
-    return {tap: torch.cat(rows).clone() for tap, rows in parts.items()}, torch.cat(labels).clone()
+def _over(generator: Any, encode: Encode) -> Read:
+    """A generator's features of the codes or latents of images."""
+
+    def read(images: Tensor, taps: Sequence[str]) -> dict[str, Tensor]:
+        codes, latents = encode(images)
+        return generator.features(codes if generator.family == "autoregressive" else latents, taps)
+
+    return read
+
+
+def _of_model(name: str, taps: Sequence[str], features: Read, facts: dict[str, Any]) -> Representation:
+    """A model whose `features` know taps by their own names, without the model's."""
+    prefix = f"{name}."
+
+    def read(images: Tensor, wanted: Sequence[str]) -> dict[str, Tensor]:
+        found = features(images, [tap.removeprefix(prefix) for tap in wanted])
+        return {f"{prefix}{tap}": value for tap, value in found.items()}
+
+    whole = tuple(f"{prefix}{tap}" for tap in taps)
+    return Representation(name=name, subject=REPRESENTATIONS[name], taps=whole, read=read, facts=facts)
 
 
 def _pixels(images: Tensor) -> Tensor:
@@ -172,15 +191,3 @@ def _pixels(images: Tensor) -> Tensor:
     if max(x.shape[-2:]) > PIXEL_SIDE:
         x = F.interpolate(x, (PIXEL_SIDE, PIXEL_SIDE), mode="bilinear", antialias=True)
     return x.flatten(1)  # [B, 3 * side * side]
-
-
-def _row(family: str, score: TapScore) -> dict[str, Any]:
-    low, high = score.test.interval or (math.nan, math.nan)
-    return {
-        "family": family,
-        "tap": score.tap,
-        "c": score.c,
-        "held_out_top1": score.held_out,
-        "test_top1": score.test.value,
-        "interval": [low, high],
-    }

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine.device import Device
 from engine.images import ImageSet
-from eval.config import EvalConfig
-from eval.features import Extractor
-from eval.judge import data_facts, draw_indices, drawn_batches, judge, reconstruction_distances
+from eval.judge import data_facts, reconstruction_distances
+from eval.panel import Panel
+from eval.pictures import Pictures, draw_indices, drawn
 from eval.protocol import Record, protocol, record
 from eval.reconstruction import batch_usage, code_counts, lpips_distance, perplexity, psnr, ssim, usage
+from eval.standard import see_standard
 from eval.statistics import Estimate, mean_of
 from tokenizer.model import Tokenizer
 from tokenizer.perceptual import LEAST_SIDE, TRUNKS, check_size, lpips_trunk, open_lpips
@@ -26,38 +26,34 @@ SETTINGS = {
 }
 
 
-def score_tokenizer(
-    tokenizer: Tokenizer,
-    test_set: ImageSet,
-    extractors: Sequence[Extractor],
-    *,
-    config: EvalConfig,
-    device: torch.device,
-    weights: str,
-) -> list[Record]:
+def score_tokenizer(tokenizer: Tokenizer, test_set: ImageSet, panel: Panel, *, weights: str) -> list[Record]:
     """psnr, ssim, lpips_<net>, usage, usage_256, perplexity, rfid | rfd_<features>; `weights` says EMA or raw.
+
+    Every process must call it; all but the first get an empty list.
 
     Raises:
         ValueError: eval.lpips names a network whose trunk weights are missing, or for which the images are too small.
     """
-    nets = {f"lpips_{net}": load_lpips(net, device) for net in lpips_nets(config.lpips, test_set.size)}
+    config, device = panel.config, panel.device
+    nets = {f"lpips_{net}": load_lpips(net, device.device) for net in lpips_nets(config.lpips, test_set.size)}
     indices = draw_indices(np.arange(len(test_set)), config.num_reconstructions, seed=0)
-
-    def originals() -> Iterator[Tensor]:
-        return (batch["images"] for batch in drawn_batches(test_set, indices, config.batch_size))
-
-    pairs = Pairs(tokenizer, nets, device)
-    real = judge(extractors, originals(), device=device)
-    made = judge(extractors, pairs.through(originals()), device=device, total=len(indices), title="reconstructions")
+    originals = drawn(test_set, indices, name="originals")
+    pairs = Pairs(tokenizer, nets, originals, device)
+    standard, made = see_standard(originals, panel), panel.see(pairs.reconstructions)
+    real = standard.seen
+    assert real is not None
+    pairs.collect()
+    if not device.is_main:
+        return []
     facts = {
         **data_facts(test_set),
-        "subject": {"tokenizer": tokenizer.fingerprint, "weights": weights},
+        "subject": {"tokenizer": tokenizer.fingerprint, "weights": weights, "rounding": "halves round up"},
     }
     records = []
     for name, estimate in pairs.scores().items():
-        stated = protocol(**facts, num_real=real.n, reference=real.pixels, settings=SETTINGS.get(name))
-        records.append(record(name, "tokenizer", estimate, n=real.n, protocol=stated))
-    return records + reconstruction_distances(made, real, extractors, facts=facts)
+        stated = protocol(**facts, num_real=real.count, reference=real.pixels, settings=SETTINGS.get(name))
+        records.append(record(name, "tokenizer", estimate, n=real.count, protocol=stated))
+    return records + reconstruction_distances(made, standard, panel.extractors, facts=facts)
 
 
 def lpips_nets(wish: str, image_size: int | None = None) -> list[str]:
@@ -96,31 +92,46 @@ def load_lpips(net: str, device: torch.device) -> nn.Module:
 class Pairs:
     """Reconstructs images as they pass by, and keeps how near each pair is and which codes were used."""
 
-    def __init__(self, tokenizer: Tokenizer, nets: dict[str, nn.Module], device: torch.device) -> None:
-        self.tokenizer, self.nets, self.device = tokenizer, nets, device
-        self.values: dict[str, list[Tensor]] = {}
-        self.codes: list[Tensor] = []
+    def __init__(self, tokenizer: Tokenizer, nets: dict[str, nn.Module], originals: Pictures, device: Device) -> None:
+        self.tokenizer, self.nets, self.originals, self.device = tokenizer, nets, originals, device
+        self.values: dict[str, dict[int, Tensor]] = {}
+        self.codes: dict[int, Tensor] = {}
 
-    def through(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
-        """uint8 originals [B, 3, H, W] -> their reconstructions, alike."""
-        for images in batches:
-            moved = images.to(self.device)
-            made, codes = self.tokenizer.reconstruct(moved)  # [B, 3, H, W], [B, T]
-            if codes is not None:
-                self.codes.append(self.tokenizer.quantizer.distinct(codes).cpu())
-            self._keep("psnr", psnr(moved, made))
-            if min(images.shape[2:]) >= 11:
-                self._keep("ssim", ssim(moved, made))
-            for name, network in self.nets.items():
-                self._keep(name, lpips_distance(network, moved, made))
-            yield made.cpu()
+    @property
+    def reconstructions(self) -> Pictures:
+        """The originals, reconstructed; each that is loaded is measured."""
+        return Pictures(name="reconstructions", count=self.originals.count, load=self._load)
+
+    def _load(self, start: int, stop: int) -> Tensor:
+        images = self.originals.load(start, stop).to(self.device.device)
+        made, codes = self.tokenizer.reconstruct(images)  # [B, 3, H, W], [B, T]
+        if codes is not None:
+            self.codes[start] = self.tokenizer.quantizer.distinct(codes).cpu()
+        self._keep("psnr", start, psnr(images, made))
+        if min(images.shape[2:]) >= 11:
+            self._keep("ssim", start, ssim(images, made))
+        for name, network in self.nets.items():
+            self._keep(name, start, lpips_distance(network, images, made))
+        return made.cpu()
+
+    def collect(self) -> None:
+        """Take over what the other processes have measured (collective)."""
+        self.codes = dict(sorted(self.device.collect(list(self.codes.items()))))
+        names = list(self.values)
+        self.values = {
+            name: dict(sorted(self.device.collect(list(self.values.get(name, {}).items()))))
+            for name in dict.fromkeys(self.device.collect(names))
+        }
 
     def scores(self) -> dict[str, Estimate]:
         """Means over images, then the use of the codebook, if there is one."""
-        found = {name: mean_of(torch.cat(rows)) for name, rows in self.values.items()}
+        found = {name: mean_of(torch.cat(list(rows.values()))) for name, rows in self.values.items()}
         if not self.codes:
             return found
-        codes, num_codes = torch.cat(self.codes), self.tokenizer.vocab_size * self.tokenizer.quantizer.codes_per_token
+        codes, num_codes = (
+            torch.cat(list(self.codes.values())),
+            self.tokenizer.vocab_size * self.tokenizer.quantizer.codes_per_token,
+        )
         counts, shares = code_counts(codes, num_codes), batch_usage(codes, num_codes)
         found["usage"] = Estimate(usage(counts), None)
         found["perplexity"] = Estimate(perplexity(counts), None)
@@ -130,5 +141,5 @@ class Pairs:
             print(f"usage_256 left out: {len(codes)} test images do not fill a batch of 256")
         return found
 
-    def _keep(self, name: str, values: Tensor) -> None:
-        self.values.setdefault(name, []).append(values.cpu())
+    def _keep(self, name: str, start: int, values: Tensor) -> None:
+        self.values.setdefault(name, {})[start] = values.cpu()

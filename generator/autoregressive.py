@@ -136,7 +136,7 @@ class Autoregressive(nn.Module):
         self.label_dropout: float = card["config"]["model"]["label_dropout"]
         self.tokenizer_fingerprint: str = card["tokenizer_fingerprint"]
         self.fingerprint: str = card.get("fingerprint", "")
-        self.taps = tuple(f"block_{number}" for number in range(1, len(network.blocks) + 1))
+        self.taps = tuple(f"block{number}" for number in range(1, len(network.blocks) + 1))
 
     @classmethod
     def from_card(cls, card: dict[str, Any], weights: dict[str, Tensor]) -> Autoregressive:
@@ -213,28 +213,23 @@ class Autoregressive(nn.Module):
         """Raise ValueError if guidance is asked of a network that did not learn both a class and no class."""
         check_guidance(self.family, guidance, num_classes=self.num_classes, label_dropout=self.label_dropout)
 
-    def features(self, codes: Tensor, tap: str) -> Tensor:
-        """The residual stream after block n (`tap` = "block_<n>", from 1), averaged over the sequence: [B, D].
+    @torch.no_grad()
+    def features(self, codes: Tensor, taps: Sequence[str]) -> dict[str, Tensor]:
+        """The residual stream averaged over the sequence, float32 [B, D] under each tap, from one pass as far as the
+        deepest: `block<n>`, from 1, is the stream after block n.
 
         The codes [B, T] are teacher-forced behind the null label, so that no class leaks (ViT-VQGAN; second-hand).
 
         Raises:
             ValueError: an unknown tap, or a code out of the vocabulary.
         """
-        [pooled] = self.features_at(codes, [tap])
-        return pooled
-
-    @torch.no_grad()
-    def features_at(self, codes: Tensor, taps: Sequence[str]) -> list[Tensor]:
-        """`features` [B, D] at each tap, from one pass as far as the deepest of them."""
         for tap in taps:
             if tap not in self.taps:
                 raise ValueError(f"tap={tap!r} must be one of {', '.join(self.taps)}")
         labels = codes.new_full((len(codes),), self.num_classes)
         passed = self.taps[: max((self.taps.index(tap) + 1 for tap in taps), default=0)]
         streams = self.network.hidden(self._checked(codes), labels)
-        pooled = {tap: x.float().mean(1) for tap, x in zip(passed, streams, strict=False) if tap in taps}
-        return [pooled[tap] for tap in taps]
+        return {tap: x.float().mean(1) for tap, x in zip(passed, streams, strict=False) if tap in taps}
 
     @torch.no_grad()
     def nll(self, codes: Tensor, labels: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ QK-norm, rotary positions and SwiGLU, which later networks added, can be had one
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -89,19 +90,20 @@ class DiT(nn.Module):
 
     def forward(self, x: Tensor, logsnr: Tensor, labels: Tensor) -> Tensor:
         tokens, condition = self.embed(x, logsnr, labels)
-        tokens = self.mix(tokens, condition, depth=len(self.blocks))
+        for mixed in self.mix(tokens, condition):
+            tokens = mixed
         return self.unpatchify(self.output(tokens, condition))
 
-    def activations(self, x: Tensor, logsnr: Tensor, labels: Tensor, *, depth: int) -> Tensor:
-        """Tokens [B, T, D] after the first `depth` blocks; 0 gives the embedded patches."""
-        return self.mix(*self.embed(x, logsnr, labels), depth=depth)
+    def activations(self, x: Tensor, logsnr: Tensor, labels: Tensor) -> Iterator[Tensor]:
+        """Tokens [B, T, D] after each block in turn."""
+        return self.mix(*self.embed(x, logsnr, labels))
 
-    def mix(self, tokens: Tensor, condition: Tensor, *, depth: int) -> Tensor:
-        """The first `depth` blocks: tokens [B, T, D], condition [B, D] -> [B, T, D]."""
+    def mix(self, tokens: Tensor, condition: Tensor) -> Iterator[Tensor]:
+        """Tokens [B, T, D] after each block in turn, of embedded tokens [B, T, D] and their condition [B, D]."""
         turns = self.rotary(1 + torch.arange(tokens.shape[1], device=tokens.device)) if self.rotary else None
-        for block in self.blocks[:depth]:
+        for block in self.blocks:
             tokens = block(tokens, condition, turns)
-        return tokens
+            yield tokens
 
     def embed(self, x: Tensor, logsnr: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [B, T, D] with their positions, and the condition [B, D] after the SiLU that all modulations share."""

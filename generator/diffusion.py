@@ -8,7 +8,7 @@ guidance see z = alpha x0 + sigma eps, variance preserving; the objective alone 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ class Diffusion(nn.Module):
         self.class_names = tuple(card["class_names"])
         self.tokenizer_fingerprint: str = card["tokenizer_fingerprint"]
         self.fingerprint: str = card.get("fingerprint", "")
-        self.taps = tuple(f"block_{number}" for number in range(1, len(network.blocks) + 1))
+        self.taps = tuple(f"block{number}" for number in range(1, len(network.blocks) + 1))
 
     @classmethod
     def from_card(cls, card: dict[str, Any], weights: dict[str, Tensor]) -> Diffusion:
@@ -179,33 +179,46 @@ class Diffusion(nn.Module):
         check_outside(self.card, self.outside, settings)
         return self.outside
 
-    @torch.inference_mode()
-    def features(self, latents: Tensor, tap: str) -> Tensor:
-        """Tokens after block n (`tap` = "block_<n>", from 1), averaged: [B, D].
+    @torch.no_grad()
+    def features(self, latents: Tensor, taps: Sequence[str]) -> dict[str, Tensor]:
+        """Tokens averaged, float32 [B, D] under each tap: `block<n>`, from 1, is after block n.
 
-        The latents [B, C, h, w] carry a little noise: FEATURE_LOGSNR, or l if the tap is "block_<n>@<l>". They meet
-        the null label, so that no class leaks, and one fixed noise, so that no row depends on the others.
+        The latents [B, C, h, w] carry a little noise: FEATURE_LOGSNR, or l if the tap is `block<n>@logsnr=<l>`. They
+        meet the null label, so that no class leaks, and one fixed noise, so that no row depends on the others. Each log
+        SNR takes one pass, as far as the deepest of its blocks.
 
         Raises:
             ValueError: an unknown tap, or latents of another shape.
         """
-        depth, level = self._parse_tap(tap)
+        asked = {tap: self._parse_tap(tap) for tap in taps}
         self.network.check_latents(latents)
+        pooled = {}
+        for level in {level for _, level in asked.values()}:
+            depths = {depth for depth, at in asked.values() if at == level}
+            for depth, tokens in zip(range(1, max(depths) + 1), self._streams(latents, level), strict=False):
+                if depth in depths:
+                    pooled[depth, level] = tokens.float().mean(1)
+        return {tap: pooled[at] for tap, at in asked.items()}
+
+    def _streams(self, latents: Tensor, level: float) -> Iterator[Tensor]:
+        """Tokens [B, T, D] after each block, of latents at a log SNR."""
         logsnr = latents.new_full((len(latents),), level)  # [B]
         eps = SampleNoise([0], self.network.latent_shape, device=latents.device)()
         seen = self.objective.network_input(noised(latents, eps, logsnr), logsnr)
         null = torch.full((len(latents),), self.num_classes, device=latents.device)
-        tokens = self.network.activations(seen, logsnr, null, depth=depth)
-        return tokens.float().mean(1)
+        return self.network.activations(seen, logsnr, null)
 
     def _parse_tap(self, tap: str) -> tuple[int, float]:
         """Number of blocks to run, and log SNR."""
-        block, at, level = tap.partition("@")
+        block, at, level = tap.partition("@logsnr=")
         try:
-            return self.taps.index(block) + 1, float(level) if at else FEATURE_LOGSNR
-        except ValueError as error:
-            known = f"{self.taps[0]} .. {self.taps[-1]}, or block_<n>@<log SNR>"
-            raise ValueError(f"tap={tap!r} is unknown: use {known}") from error
+            found = self.taps.index(block) + 1, float(level) if at else FEATURE_LOGSNR
+        except ValueError:
+            found = 0, math.nan
+        if not math.isfinite(found[1]):
+            known = f"{self.taps[0]} .. {self.taps[-1]}, or block<n>@logsnr=<number>"
+            raise ValueError(f"tap={tap!r} is unknown: use {known}")
+        return found
 
 
 def check_outside(card: dict[str, Any], outside: Diffusion, settings: DiffusionSampleConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,8 @@ class Tokenizer(nn.Module):
         self.decoder = build_decoder(model, image_size)
         self.vocab_size, self.latent_shape = self.quantizer.vocab_size, (self.quantizer.latent_dim, side, side)
         self.length = side**2 * self.quantizer.codes_per_token
-        last = "codes" if self.vocab_size else "latents"
-        self.taps = (*(f"encoder.{stage}" for stage in range(self.encoder.depth)), last)
+        stages, codes = self._stages if model.learned else (), ("post_quant",) if self.vocab_size else ()
+        self.taps = (*stages, "pre_quant", *codes)
         self.register_buffer("latent_mean", torch.zeros(self.quantizer.latent_dim))
         self.register_buffer("latent_std", torch.ones(self.quantizer.latent_dim))
         self.latent_mean: Tensor
@@ -119,20 +120,41 @@ class Tokenizer(nn.Module):
         return self.quantizer.nearest(self._raw(latents))
 
     @torch.no_grad()
-    def features(self, images: Tensor, tap: str) -> Tensor:
-        """Activations averaged over tokens, float32 [B, D]: `encoder.<n>`, the stream after stage n of the encoder;
-        `codes`, the code vectors, or `latents` where there are none."""
-        if tap not in self.taps:
-            raise ValueError(f"tap={tap!r} is unknown; this tokenizer has {', '.join(self.taps)}")
-        if tap in ("codes", "latents"):
-            return self.quantizer.snap(self.vectors(images)).mean(dim=1)  # [B, C]
-        depth = int(tap.removeprefix("encoder.")) + 1
-        return self.encoder.hidden(self._pixels(images), depth).float().mean(dim=1)  # [B, width]
+    def features(self, images: Tensor, taps: Sequence[str]) -> dict[str, Tensor]:
+        """Activations averaged over tokens, float32 [B, D] under each tap, from one pass as far as the deepest.
+
+        Images are uint8 [B, 3, H, W]. The taps, in the order of the pass: `patch`, the embedded patches or the first
+        convolution; `encoder.<n>`, the stream after stage n of the encoder, from 1; `pre_quant`, what the bottleneck
+        quantises; `post_quant`, the code vectors, where there are codes.
+
+        Raises:
+            ValueError: an unknown tap, or images of another kind or size.
+        """
+        for tap in taps:
+            if tap not in self.taps:
+                raise ValueError(f"tap={tap!r} is unknown; this tokenizer has {', '.join(self.taps)}")
+        pooled, ends = {}, {"pre_quant", "post_quant"}.intersection(taps)
+        for stage, tokens in zip(self._stages, self.encoder.hidden(self._pixels(images)), strict=True):
+            if stage in taps:
+                pooled[stage] = tokens.float().mean(dim=1)  # [B, width]
+            if not ends and len(pooled) == len(set(taps)):
+                return pooled
+        vectors = self.quantizer.latents(self.encoder.out(tokens))  # [B, T, C]
+        if "pre_quant" in ends:
+            pooled["pre_quant"] = vectors.mean(dim=1)
+        if "post_quant" in ends:
+            pooled["post_quant"] = self.quantizer.snap(vectors).mean(dim=1)
+        return pooled
 
     @torch.no_grad()
     def vectors(self, images: Tensor) -> Tensor:
         """Images uint8 [B, 3, H, W] -> what the bottleneck quantises, float32 [B, h w, C], not scaled yet."""
         return self.quantizer.latents(self.encoder(self._pixels(images)))
+
+    @property
+    def _stages(self) -> tuple[str, ...]:
+        """Names of what the encoder's `hidden` gives."""
+        return ("patch", *(f"encoder.{stage}" for stage in range(1, self.encoder.depth + 1)))
 
     def _latents(self, vectors: Tensor) -> Tensor:
         normalised = (vectors - self.latent_mean) / self.latent_std  # [B, T, C]

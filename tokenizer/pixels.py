@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor, nn
 
 from tokenizer.bottleneck import Codeless
@@ -20,11 +22,15 @@ class PixelEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """float [B, 3, H, W] -> [B, H W, 3]."""
-        return self.hidden(images, self.depth)
-
-    def hidden(self, images: Tensor, depth: int) -> Tensor:
-        """The same: there are no stages."""
         return images.flatten(2).transpose(1, 2)
+
+    def hidden(self, images: Tensor) -> Iterator[Tensor]:
+        """The same once: there are no stages."""
+        yield self(images)
+
+    def out(self, hidden: Tensor) -> Tensor:
+        """The same: there is no projection."""
+        return hidden
 
 
 class PixelDecoder(nn.Module):

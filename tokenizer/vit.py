@@ -6,6 +6,8 @@ tanh between and has no final activation.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from timm.models import vision_transformer
 from timm.models.vision_transformer import Block
@@ -30,15 +32,21 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """float [B, 3, H, W] -> [B, T, out_dim]."""
-        hidden = self.hidden(images, self.depth)  # [B, T, width]
-        return self.project(self.norm(hidden))  # [B, T, out_dim]
+        for hidden in self.hidden(images):
+            last = hidden
+        return self.out(last)
 
-    def hidden(self, images: Tensor, depth: int) -> Tensor:
-        """The residual stream after the first `depth` blocks, [B, T, width]."""
+    def hidden(self, images: Tensor) -> Iterator[Tensor]:
+        """The residual stream [B, T, width]: the embedded patches, then after each block in turn."""
         hidden = self.embed(patchify(images, self.patch_size)) + self.positions  # [B, T, width]
-        for block in self.blocks[:depth]:
+        yield hidden
+        for block in self.blocks:
             hidden = block(hidden)
-        return hidden
+            yield hidden
+
+    def out(self, hidden: Tensor) -> Tensor:
+        """From the last of `hidden` to what `forward` gives, [B, T, width] -> [B, T, out_dim]."""
+        return self.project(self.norm(hidden))
 
 
 class Decoder(nn.Module):

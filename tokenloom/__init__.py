@@ -12,10 +12,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tokenloom.api import load_generator, load_tokenizer, reconstruct, sample, score, stream
+    from tokenloom.api import load_generator, load_tokenizer, reconstruct, sample, score, score_images, stream
 
 __version__ = "0.1.0"
-__all__ = ["load_generator", "load_tokenizer", "reconstruct", "sample", "score", "stream"]
+__all__ = ["load_generator", "load_tokenizer", "reconstruct", "sample", "score", "score_images", "stream"]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,7 @@ from tokenizer import model
 from tokenizer.model import Tokenizer
 from tokenloom.run_files import tokenizer_folder
 
-__all__ = ["load_generator", "load_tokenizer", "reconstruct", "sample", "score", "stream"]
+__all__ = ["load_generator", "load_tokenizer", "reconstruct", "sample", "score", "score_images", "stream"]
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -119,3 +119,33 @@ def score(path: str | Path, *, only: str | None = None, device: Device | None = 
     place = [f"--run.root={folder.parent}", f"--run.name={folder.name}"]
     experiment = load_experiment(["--config", str(folder / "config.yaml"), *place])
     return pipeline.evaluate(experiment, device or setup(experiment.run), only=only)
+
+
+def score_images(
+    generated: str | Path,
+    reference: str | Path,
+    *,
+    features: Sequence[str] = ("inception",),
+    size: int | None = None,
+    num: int = 0,
+    device: Device | None = None,
+    **settings: Any,
+) -> list[dict[str, Any]]:
+    """Measure images of any maker as `tokenloom eval --generated A --reference B` does; returns the records.
+
+    Args:
+        generated: folder or zip of images, .npz, .npy or parquet file, or a run with samples.
+        reference: the same of real images, or an .npz with mu and sigma; of a run its training images.
+        features: entries of eval.features.
+        size: crop all images to so many pixels; without it they must all have one size.
+        num: score so many of them, drawn at random; 0 takes all.
+        settings: other keys of the section `eval`.
+
+    Raises:
+        ValueError: nothing to read there, sizes that differ, missing weights, or too few images.
+    """
+    from eval.config import EvalConfig
+    from eval.outside import OutsideConfig, judge_files
+
+    config = OutsideConfig(eval=EvalConfig(features=tuple(features), **settings))
+    return judge_files(generated, reference, config=config, device=device or setup(config.run), size=size, num=num)

@@ -24,13 +24,14 @@ usage: tokenloom COMMAND --config FILE [--section.key=value ...]
   encode     images to codes and latents on disk
   generator  train stage 2                                [--only autoregressive|diffusion]
   sample     pictures from a trained generator            [--only FAMILY] [--num 64] [--label 3] [--seed 0] [--out DIR]
-                                                          [--acceptance 0.25] [--stream]
-  eval       scores                                       [--only fid|reconstruction|probe]
+                                                          [--acceptance 0.25] [--stream] [--npz FILE]
+  eval       scores of a run                              [--only fid|reconstruction|probe]
+             scores of any images                         tokenloom eval --generated A --reference B [--size 256]
   report     one page with curves, samples and scores
   export     the finished models alone, to share          --out DIR
   study      rows of equal cost over seeds, compared      [--only ROW,ROW] [--seeds 0,1] [--report-only]
   speed      images/s, FLOP/s and memory of each stage
-  compare    scores of several runs side by side          tokenloom compare a.json b.json
+  compare    scores of several models side by side        tokenloom compare runs/a runs/b [--only fid,kid] [--force]
   doctor     versions, device, disk, extras, weights
 
 The same command resumes what was interrupted. `tokenloom COMMAND --help` lists every key,
@@ -162,6 +163,19 @@ def _sample(experiment: Experiment, device: Device, own: argparse.Namespace) -> 
         if device.is_main:
             best = "" if picker is None else f", the best {own.acceptance:g} of all candidates,"
             print(f"{own.num} samples of {family}{best} in {out}; look at {out / 'grid.png'}")
+            if own.npz:
+                _save_npz(out, Path(own.npz), family if len(sections) > 1 else "")
+
+
+def _save_npz(samples: Path, path: Path, family: str) -> None:
+    """Samples as one array; with several families each has a file, with the family behind its name."""
+    from eval.image_files import open_pictures
+    from eval.array_files import save_adm
+
+    file = path.with_name(f"{path.stem}-{family}.npz") if family else path
+    pictures = open_pictures(samples)
+    save_adm(file, pictures)
+    print(f"{pictures.count} samples as one array: {file}")
 
 
 def _draw(how: dict[str, Any], acceptance: float, picker: Picker | None) -> None:
@@ -208,6 +222,45 @@ def _eval(experiment: Experiment, device: Device, own: argparse.Namespace) -> No
     from tokenloom import pipeline
 
     pipeline.evaluate(experiment, device, only=own.only)
+
+
+def _eval_either(words: Sequence[str]) -> None:
+    """Scores of the run of a configuration, or of any images."""
+    outside = {"--generated", "--reference"} & {word.partition("=")[0] for word in words}
+    (_eval_outside if outside else EVAL)(words)
+
+
+def _eval_outside(words: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="tokenloom eval", add_help=False, allow_abbrev=False)
+    parser.add_argument("--generated", help="run, folder or zip of images, .npz or .npy array, or parquet file")
+    parser.add_argument("--reference", help="the same of real images, or an .npz with mu and sigma")
+    parser.add_argument(
+        "--size", type=int, help="crop all images to so many pixels; without it they must have one size"
+    )
+    parser.add_argument("--num", "--count", type=int, default=0, help="score so many, drawn at random (default: all)")
+    parser.add_argument("--out", help="where scores go (default: <name>-scores.json in the working folder)")
+    parser.add_argument("--statistics", help="also write mean and covariance of the reference to this .npz")
+    own, rest = parser.parse_known_args(list(words))
+    if {"--help", "-h"} & set(words):
+        parser.print_help()
+        print()
+    if own.reference is None or (own.generated is None and own.statistics is None):
+        raise ValueError(
+            "give --generated A --reference B to score images, or --reference B --statistics FILE.npz to measure real ones"
+        )
+    from engine.config import load
+    from engine.device import setup
+    from eval.outside import OutsideConfig, judge_files
+
+    config = load(OutsideConfig, rest, program="tokenloom eval")
+    out = None if own.generated is None else Path(own.out or f"{Path(own.generated).name.split('.')[0]}-scores.json")
+    statistics = Path(own.statistics) if own.statistics else None
+    judge_files(
+        own.generated, own.reference, config=config, device=setup(config.run), size=own.size, num=own.num, out=out,
+        statistics=statistics,
+    )  # fmt: skip
+    if out is not None and os.environ.get("RANK", "0") == "0":
+        print(f"scores: {out}; set them beside others with tokenloom compare")
 
 
 def _report(experiment: Experiment, device: Device, _: argparse.Namespace) -> None:
@@ -261,12 +314,18 @@ def _study(words: Sequence[str]) -> None:
 
 
 def _compare(words: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="tokenloom compare", description="Scores of several runs side by side.")
-    parser.add_argument("metrics", nargs="+", help="eval/metrics.json of each run")
-    paths = [Path(path) for path in parser.parse_args(list(words)).metrics]
-    from eval.protocol import comparison_table
+    parser = argparse.ArgumentParser(prog="tokenloom compare", description="Scores of several models side by side.")
+    parser.add_argument("metrics", nargs="+", help="run folders, or files such as their eval/metrics.json; one will do")
+    parser.add_argument("--only", default="", help="these scores alone, separated by commas, such as fid,kid")
+    parser.add_argument("--force", action="store_true", help="mark what was measured differently, do not refuse it")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    own = parser.parse_intermixed_args(list(words))
+    from eval.comparison import compare
+    from eval.comparison_table import comparison_json, comparison_text
 
-    print(comparison_table(paths))
+    only = [name for name in own.only.split(",") if name]
+    found = compare([Path(path) for path in own.metrics], only=only, force=own.force)
+    print(comparison_json(found) if own.json else comparison_text(found))
 
 
 def _doctor(words: Sequence[str]) -> None:
@@ -286,6 +345,7 @@ STREAM = (
     " it to the next one"
 )
 FAMILY = {"choices": ("autoregressive", "diffusion"), "help": "this family alone"}
+EVAL = _staged("eval", _eval, only={"choices": ("fid", "reconstruction", "probe"), "help": "these scores alone"})
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "run": _staged("run", _run),
     "tokenizer": _staged("tokenizer", _tokenizer),
@@ -301,9 +361,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
         out={"help": "folder to write to; default: in the run's folder"},
         acceptance={"type": float, "help": ACCEPTANCE},
         stream={"action": "store_true", "help": STREAM},
+        npz={"help": "also write all samples and labels to this file as ADM's evaluator reads them"},
         decoder={"help": "run whose tokenizer paints the images: one trained with tokenizer.encoder_from"},
     ),
-    "eval": _staged("eval", _eval, only={"choices": ("fid", "reconstruction", "probe"), "help": "these scores alone"}),
+    "eval": _eval_either,
     "report": _staged("report", _report),
     "export": _staged("export", _export, out={"required": True, "help": "folder to write to"}),
     "study": _study,

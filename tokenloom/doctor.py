@@ -105,7 +105,7 @@ def _gib(count: int) -> str:
 
 def _weights() -> Rows:
     from engine.pretrained import checkpoint_folder
-    from eval.features import INCEPTION_FILES
+    from eval.inception import INCEPTION_FILES
     from tokenizer.perceptual import TRUNKS
 
     folder = checkpoint_folder()

@@ -1,4 +1,4 @@
-"""Weights come from files that are there, and from nowhere else."""
+"""Weights come from files that are there, and from nowhere else unless that was asked."""
 
 import pickle
 import random
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine.pretrained import checkpoint_folder, fill_trunk, open_timm, read_weights, timm_parts
+from engine.pretrained import checkpoint_folder, fetch_timm, fill_trunk, open_timm, read_weights, timm_parts
 
 
 def test_the_checkpoint_folder_follows_torch_home(tmp_path, monkeypatch) -> None:
@@ -119,6 +119,33 @@ def test_a_timm_model_of_one_size_alone_takes_no_other(tmp_path) -> None:
     torch.save({"a": torch.zeros(1)}, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=r"some\.key=timm:mixer_s32_224: .*its own size alone; leave :64 out"):
         open_timm("mixer_s32_224", tmp_path / "a.pth", 64, key="some.key")
+
+
+def test_timm_fetches_for_fetch_timm_alone(tmp_path, monkeypatch) -> None:
+    timm, path = pytest.importorskip("timm"), tmp_path / "a.pth"
+    network, create = timm.create_model("test_resnet"), timm.create_model
+    torch.save(network.state_dict(), path)
+
+    def offline(model: str, *, pretrained: bool = False, **options: object) -> nn.Module:
+        if pretrained:
+            raise ConnectionError("no network")
+        return create(model, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    open_timm("test_resnet", path, None, key="some.key")
+    remedy = r"could not be fetched \(no network\).*give some\.key=timm:test_resnet:<weights file>"
+    with pytest.raises(ValueError, match=r"some\.key=timm:test_resnet:pretrained: its weights " + remedy):
+        fetch_timm("test_resnet", None, key="some.key")
+    with pytest.raises(ValueError, match=r"some\.key=timm:resnot: timm has no such model"):
+        fetch_timm("resnot", None, key="some.key")
+
+
+def test_a_model_without_published_weights_is_said_to_have_none() -> None:
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match=r"timm:mixer_s32_224:pretrained: .*could not be fetched \(No pretrained"):
+        fetch_timm("mixer_s32_224", None, key="some.key")
+    with pytest.raises(ValueError, match=r"its own size alone; leave :64 out"):
+        fetch_timm("mixer_s32_224", 64, key="some.key")
 
 
 def test_a_distilled_network_has_two_classifiers(tmp_path) -> None:

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from engine.config import load, to_yaml
-from eval.config import ClassifierConfig, EvalConfig, ProbeConfig, RejectionConfig
+from eval.config import ClassifierConfig, EvalConfig, OnlineProbeConfig, ProbeConfig, RejectionConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,10 +14,10 @@ class Outer:
 
 def test_section_survives_yaml(tmp_path) -> None:
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump({"eval": {"features": ["inception", "random"], "probe": {"taps": ["encoder.0"]}}}))
+    path.write_text(yaml.safe_dump({"eval": {"features": ["inception", "random"], "probe": {"taps": ["tokenizer.*"]}}}))
     read = load(Outer, ["--config", str(path), "--eval.num_samples=64", "--eval.classifier.train.steps=9"])
     assert read.eval.features == ("inception", "random")
-    assert read.eval.probe.taps == ("encoder.0",)
+    assert read.eval.probe.taps == ("tokenizer.*",)
     assert (read.eval.num_samples, read.eval.classifier.train.steps) == (64, 9)
     assert read.eval.classifier.train.preview_every == 0
     path.write_text(to_yaml(read))
@@ -69,8 +69,6 @@ def test_bad_values_are_refused() -> None:
         EvalConfig(features=())
     with pytest.raises(ValueError, match="num_samples=5"):
         EvalConfig(num_samples=5)
-    with pytest.raises(ValueError, match="'vae'"):
-        ProbeConfig(families=("vae",))
     with pytest.raises(ValueError, match=r"eval\.rejection\.acceptances=1 must lie between 0 and 1"):
         RejectionConfig(acceptances=(0.5, 1))
     with pytest.raises(ValueError, match="names a share twice"):
@@ -79,3 +77,32 @@ def test_bad_values_are_refused() -> None:
         ProbeConfig(held_out=1.0)
     with pytest.raises(ValueError, match="c_grid"):
         ProbeConfig(c_grid=())
+
+
+def test_taps_name_a_model_that_could_be_there(tmp_path) -> None:
+    taps = ("pixels", "tokenizer.patch", "vim.block[12]", "vim_random.*", "dit.block6@logsnr=-0.5", "timm:vit:a.pth:64")
+    assert ProbeConfig(taps=taps).taps == taps
+    for wrong in ("vae.block1", "block1", "autoregressive.block1", "*", "timm:vit", ""):
+        with pytest.raises(
+            ValueError, match=r"it takes pixels, tokenizer\.\*, vim\.\*, vim_random\.\*, dit\.\*, or timm:"
+        ):
+            ProbeConfig(taps=("pixels", wrong))
+    for wrong in ("dit.block6@2", "dit.block6@logsnr=much", "vim.block6@logsnr=2"):
+        with pytest.raises(ValueError, match=r"only dit has noise levels, as dit\.block6@logsnr=0"):
+            ProbeConfig(taps=(wrong,))
+    with pytest.raises(ValueError, match=r"eval\.probe\.taps is empty"):
+        ProbeConfig(taps=())
+
+
+def test_wrong_numbers_of_a_probe_are_refused() -> None:
+    for key, value in (("num_train", -1), ("knn_k", -5), ("knn_temperature", 0.0)):
+        with pytest.raises(ValueError, match=rf"eval\.probe\.{key}={value}"):
+            ProbeConfig(**{key: value})
+    for key, value in (("epochs", 0), ("batch_size", 0), ("warmup_epochs", 90), ("warmup_epochs", -1)):
+        with pytest.raises(ValueError, match=rf"eval\.probe\.online: .*{key}={value}"):
+            OnlineProbeConfig(**{key: value})
+    for rates in ((), (0.1, 0.1), (0.0, 0.1)):
+        with pytest.raises(ValueError, match=r"eval\.probe\.online\.learning_rates=\["):
+            OnlineProbeConfig(learning_rates=rates)
+    with pytest.raises(ValueError, match=r"min_scale=0\.0 must be above 0"):
+        OnlineProbeConfig(min_scale=0.0)

@@ -1,86 +1,100 @@
-import numpy as np
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
-from PIL import Image
 
+from engine.config import RunConfig
+from engine.device import setup
 from eval.classifier import Classifier
+from eval.config import EvalConfig
 from eval.features import Extractor, open_features
-from eval.judge import class_accuracy, draw_indices, judge, png_batches, reconstruction_distances
-
-CPU = torch.device("cpu")
-
-
-def images(n: int) -> torch.Tensor:
-    return torch.randint(0, 256, (n, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+from eval.judge import class_accuracy, reconstruction_distances, sample_scores
+from eval.panel import Panel
+from eval.pictures import Pictures
+from eval.standard import Standard, see_standard
 
 
-def test_batch_size_changes_neither_identity_nor_features() -> None:
-    extractors = [open_features("random")]
-    one, many = (judge(extractors, images(10).split(size), device=CPU) for size in (10, 3))
-    assert one.n == many.n == 10
-    assert one.pixels == many.pixels
-    torch.testing.assert_close(one.outputs["random"].features, many.outputs["random"].features)
-    assert judge(extractors, [images(10).flip(0)], device=CPU).pixels != one.pixels
+def images(n: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, (n, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
-def test_no_image_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no image to judge"):
-        judge([open_features("random")], [], device=CPU)
+def pictures(n: int, seed: int = 0) -> Pictures:
+    return Pictures(name="noise", count=n, load=lambda start, stop: images(n, seed)[start:stop])
 
 
-class Witness(Extractor):
-    """Sees in which precision it is asked."""
-
-    name, resize = "witness", "none"
-
-    def outputs(self, images: torch.Tensor) -> tuple[torch.Tensor, None]:
-        assert torch.get_float32_matmul_precision() == "highest" and torch.is_inference_mode_enabled()
-        return images.flatten(1).float(), None
+def panel(folder: Path, *extractors: Extractor, **how: object) -> Panel:
+    config = EvalConfig(features=("random",), **how)  # type: ignore[arg-type]
+    device = setup(RunConfig(device="cpu", threads=1))
+    return Panel(extractors=extractors or [open_features("random")], config=config, cache=folder, device=device)
 
 
-def test_images_are_judged_in_full_precision_whatever_the_run_s() -> None:
-    torch.set_float32_matmul_precision("medium")
-    try:
-        assert judge([Witness()], [images(2)], device=CPU).n == 2
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision("highest")
+@pytest.fixture
+def scored(tmp_path: Path) -> Callable[..., dict[str, dict]]:
+    def score(n: int = 60, **how: object) -> dict[str, dict]:
+        judges = panel(tmp_path, **how)
+        made, standard = judges.see(pictures(n, seed=1)), see_standard(pictures(n), judges)
+        records = sample_scores(
+            "diffusion", made, standard, judges.extractors, config=judges.config, main="random", facts={"size": 16}
+        )
+        return {entry["name"]: entry for entry in records}
+
+    return score
 
 
-def test_class_accuracy_counts_the_classifiers_agreement() -> None:
+def test_samples_have_every_score_of_two_sets_with_its_settings(scored: Callable[..., dict[str, dict]]) -> None:
+    found = scored()
+    assert set(found) == {"fd_random", "kid", "precision", "recall", "density", "coverage"}
+    settings = {name: entry["protocol"].get("settings") for name, entry in found.items()}
+    assert settings["fd_random"] is None and settings["kid"]["pairs"] == "all"
+    assert settings["precision"] == settings["recall"] == {"k": 3}
+    assert settings["density"] == settings["coverage"] == {"k": 5}
+    for entry in found.values():
+        assert entry["interval"][0] <= entry["value"] <= entry["interval"][1]
+        assert entry["protocol"]["num_real"] == entry["protocol"]["num_generated"] == entry["n"] == 60
+
+
+def test_another_convention_is_another_protocol(scored: Callable[..., dict[str, dict]]) -> None:
+    ours, theirs = scored(1100), scored(1100, num_samples=1100, convention="torch_fidelity")
+    assert theirs["fd_random"]["protocol"]["settings"] == {"root": "eigenvalues"}
+    assert theirs["kid"]["protocol"]["settings"]["pairs"] == {"subsets": 100, "size": 1000, "seed": 2020}
+    assert ours["fd_random"]["value"] == pytest.approx(theirs["fd_random"]["value"], rel=1e-6)  # n > D: both are right
+    assert ours["kid"]["value"] == pytest.approx(
+        theirs["kid"]["value"], abs=3 * (ours["kid"]["interval"][1] - ours["kid"]["value"])
+    )
+    assert ours["kid"]["protocol"]["hash"] != theirs["kid"]["protocol"]["hash"]
+
+
+def test_statistics_without_images_give_distances_alone(tmp_path: Path) -> None:
+    judges = panel(tmp_path)
+    made, whole = judges.see(pictures(40, seed=1)), see_standard(pictures(40), judges)
+    told = {"file": "stats.npz", "sha256": "abc", "n": 40, "pixels": whole.facts("random")["reference"]}
+    stated = Standard(gaussians=whole.gaussians, stated={"random": told})
+    how = {"config": judges.config, "main": "random", "facts": {}}
+    (entry,) = sample_scores("outside", made, stated, judges.extractors, **how)
+    of_images = sample_scores("outside", made, whole, judges.extractors, **how)[0]
+    assert entry["name"] == "fd_random" and entry["value"] == of_images["value"]
+    assert entry["protocol"]["hash"] == of_images["protocol"]["hash"]  # the file says of which pixels it is
+
+
+def test_class_accuracy_counts_the_classifiers_agreement(tmp_path: Path) -> None:
     torch.manual_seed(0)
     extractor = open_features("classifier", classifier=Classifier((8, 8, 8), 4).eval())
-    judged = judge([extractor], [images(12)], device=CPU)
-    labels = extractor.outputs(images(12))[1].argmax(1)
-    assert class_accuracy("diffusion", judged, labels, extractor, facts={})["value"] == 1.0
+    seen = panel(tmp_path, extractor).see(pictures(12))
+    with torch.no_grad():
+        labels = extractor.outputs(images(12))["logits"].argmax(1)
+    assert class_accuracy("diffusion", seen, labels, extractor, facts={})["value"] == 1.0
     labels[:3] = (labels[:3] + 1) % 4
-    assert class_accuracy("diffusion", judged, labels, extractor, facts={})["value"] == 0.75
+    assert class_accuracy("diffusion", seen, labels, extractor, facts={})["value"] == 0.75
 
 
-def test_drawn_images_are_seeded_distinct_and_not_sorted() -> None:
-    candidates = np.arange(100, 200)
-    drawn = draw_indices(candidates, 50, seed=1)
-    assert len(set(drawn)) == 50
-    assert set(drawn) <= set(candidates)
-    assert not np.array_equal(drawn, np.sort(drawn))
-    assert np.array_equal(drawn, draw_indices(candidates, 50, seed=1))
-    assert sorted(draw_indices(candidates, 0, seed=1)) == candidates.tolist()
-
-
-def test_png_files_come_back_as_they_were_written(tmp_path) -> None:
-    for index, image in enumerate(images(5)):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{index:06d}.png")
-    assert torch.equal(torch.cat(list(png_batches(tmp_path, 5, size=16, batch_size=2))), images(5))
-    with pytest.raises(ValueError, match=r"000000\.png has 16 x 16 pixels, but data\.size=32"):
-        list(png_batches(tmp_path, 5, size=32, batch_size=2))
-    with pytest.raises(ValueError, match=r"000005\.png: not a readable image"):
-        list(png_batches(tmp_path, 6, size=16, batch_size=2))
-
-
-def test_too_few_reconstructions_have_no_distance_and_say_so(capsys: pytest.CaptureFixture[str]) -> None:
-    extractors = [open_features("random")]
-    few, enough = (judge(extractors, [images(n)], device=CPU) for n in (19, 20))
-    assert reconstruction_distances(few, few, extractors, facts={}) == []
+def test_too_few_reconstructions_have_no_distance_and_say_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judges = panel(tmp_path)
+    few, enough = (see_standard(pictures(n), judges) for n in (19, 20))
+    assert few.seen is not None and enough.seen is not None
+    assert reconstruction_distances(few.seen, few, judges.extractors, facts={}) == []
     assert "19 test images are too few, it takes 20" in capsys.readouterr().out
-    (entry,) = reconstruction_distances(enough, enough, extractors, facts={})
+    (entry,) = reconstruction_distances(enough.seen, enough, judges.extractors, facts={})
     assert entry["name"] == "rfd_random" and entry["value"] == pytest.approx(0, abs=1e-6)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from engine.config import DataConfig, RunConfig
 from engine.device import setup
 from engine.snapshots import write_snapshot
 from eval.config import RejectionConfig
+from eval.features import RandomFeatures
+from eval.outside import OutsideConfig, judge_files
 from eval.protocol import read_scores
 from eval.run import check
 from eval.taps import encoded_once
@@ -29,21 +32,23 @@ def run(tmp_path: Path) -> RunConfig:
     return make_run(tmp_path)
 
 
-ONE_FAMILY = dataclasses.replace(EVAL, probe=dataclasses.replace(EVAL.probe, families=("autoregressive",)))
+ONE_FAMILY = dataclasses.replace(EVAL, probe=dataclasses.replace(EVAL.probe, taps=("vim.*",)))
 
 
 def test_everything_a_run_has_is_scored_and_kept(run: RunConfig, capsys: pytest.CaptureFixture) -> None:
     found = scores(run)
-    judged = {"fd_classifier", "is_classifier", "fd_random", "kid", "precision", "recall"}
+    judged = {"fd_classifier", "is_classifier", "fd_random", "kid", "precision", "recall", "density", "coverage"}
+    probed = {"probe_top1", "probe_top5", "knn_top1"}
     expected = {("real", name) for name in judged}
-    expected |= {(family, name) for family in FAMILIES for name in judged | {"class_accuracy", "probe_top1"}}
-    expected |= {("tokenizer", name) for name in ("psnr", "ssim", "usage", "perplexity", "probe_top1")}
+    expected |= {(family, name) for family in FAMILIES for name in judged | probed | {"class_accuracy"}}
+    expected |= {("tokenizer", name) for name in {"psnr", "ssim", "usage", "perplexity"} | probed}
     expected |= {("tokenizer", "rfd_classifier"), ("tokenizer", "rfd_random")}
-    expected |= {("autoregressive", "nll"), ("pixels", "probe_top1"), ("autoregressive_random", "probe_top1")}
+    expected |= {("autoregressive", "nll")}
+    expected |= {(subject, name) for subject in ("pixels", "autoregressive_random") for name in probed}
     assert set(found) == expected
     assert not any(name in ("fid", "rfid", "is") for _, name in found)
     assert len(read_scores(run.folder / "eval" / "metrics.json")) == len(expected)
-    assert "kid (classifier)" in capsys.readouterr().out
+    assert re.search(r"^diffusion +kid .* classifier ", capsys.readouterr().out, flags=re.M)
     real, made = found["real", "fd_random"], found["diffusion", "fd_random"]
     assert real["protocol"]["hash"] == made["protocol"]["hash"]
     assert real["value"] < made["value"]
@@ -58,8 +63,10 @@ def test_probe_keeps_the_whole_curve(run: RunConfig) -> None:
     kept = json.loads((run.folder / "eval" / "probe.json").read_text())
     assert [(row["family"], row["tap"]) for row in kept["curve"]] == [
         ("pixels", "pixels"),
-        ("tokenizer", "encoder.0"),
-        ("tokenizer", "codes"),
+        ("tokenizer", "tokenizer.patch"),
+        ("tokenizer", "tokenizer.encoder.1"),
+        ("tokenizer", "tokenizer.pre_quant"),
+        ("tokenizer", "tokenizer.post_quant"),
         ("autoregressive", found["autoregressive", "probe_top1"]["tap"]),
         ("autoregressive_random", found["autoregressive_random", "probe_top1"]["tap"]),
         ("diffusion", found["diffusion", "probe_top1"]["tap"]),
@@ -78,15 +85,15 @@ def test_a_batch_is_encoded_once_for_all_who_look_at_it() -> None:
     class Counting:
         calls = 0
 
-        def encode(self, images: torch.Tensor) -> torch.Tensor:
+        def codes_and_latents(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             self.calls += 1
-            return images.flatten(1)[:, :4].long()
+            return images.flatten(1)[:, :4].long(), images.float()
 
     tokenizer = Counting()
     encode, images = encoded_once(tokenizer), torch.arange(24, dtype=torch.uint8).view(2, 3, 2, 2)
-    assert torch.equal(encode(images), encode(images.clone()))
+    assert torch.equal(encode(images)[0], encode(images.clone())[0])
     assert tokenizer.calls == 1
-    assert not torch.equal(encode(images.flip(0)), encode(images))
+    assert not torch.equal(encode(images.flip(0))[0], encode(images)[0])
     assert tokenizer.calls == 2
 
 
@@ -124,7 +131,7 @@ def test_the_best_candidates_are_scored_under_their_own_name(run: RunConfig, cap
     facts = kept["protocol"]["subject"]
     picker, _ = load_model(run.folder / "eval" / "rejection_classifier")
     assert (facts["acceptance"], facts["candidates"], facts["classifier"]) == (0.3, 80, picker["fingerprint"])
-    assert facts["labels"] == plain["protocol"]["subject"]["labels"]  # as many of each class
+    assert facts["label_counts"] == plain["protocol"]["subject"]["label_counts"]  # as many of each class
     assert kept["protocol"]["hash"] == plain["protocol"]["hash"]
     assert ("autoregressive@accept0.5", "nll") not in found
     assert "autoregressive@accept0.3" in capsys.readouterr().out
@@ -238,10 +245,47 @@ def test_refusals(run: RunConfig) -> None:
         scores(run, "fid", dataclasses.replace(EVAL, num_samples=800, features=("random",)), autoregressive=None)
     with pytest.raises(ValueError, match="FID needs the Inception weights"):
         scores(run, "fid", dataclasses.replace(EVAL, features=("inception",), inception_weights="absent.pth"))
-    with pytest.raises(ValueError, match=r"none is a tap of tokenizer"):
-        scores(run, "probe", dataclasses.replace(EVAL, probe=dataclasses.replace(EVAL.probe, taps=("encoder.9",))))
+    taps = dataclasses.replace(EVAL.probe, taps=("tokenizer.encoder.9",))
+    with pytest.raises(ValueError, match=r"tokenizer\.encoder\.9.*tokenizer\.patch"):
+        scores(run, "probe", dataclasses.replace(EVAL, probe=taps))
     with pytest.raises(ValueError, match="only='speed' must be"):
         scores(run, "speed")
+
+
+def test_all_training_images_or_a_file_may_be_the_reference(run: RunConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(EVAL, features=("random",))
+    whole = scores(run, "fid", dataclasses.replace(config, reference="all"), diffusion=None)
+    stated = whole["autoregressive", "fd_random"]["protocol"]
+    assert (stated["num_real"], stated["num_generated"], stated["labels"]) == (1438, 24, "balanced")
+    assert whole["real", "fd_random"]["protocol"]["hash"] == stated["hash"]
+    assert whole["real", "kid"]["protocol"]["reference"] == whole["autoregressive", "kid"]["protocol"]["reference"]
+    outside = OutsideConfig(run=dataclasses.replace(run, root=str(tmp_path)), eval=config)
+    (run.folder / "config.yaml").write_text("data: {source: digits, size: 16}")
+    judge_files(None, run.folder, config=outside, device=setup(run), statistics=tmp_path / "digits.npz")
+    filed = scores(run, "fid", dataclasses.replace(config, reference=str(tmp_path / "digits.npz")), diffusion=None)
+    assert set(filed) == {("autoregressive", "fd_random"), ("real", "fd_random"), ("autoregressive", "nll")}
+    for subject in ("autoregressive", "real"):
+        assert filed[subject, "fd_random"]["value"] == pytest.approx(whole[subject, "fd_random"]["value"], rel=1e-9)
+        assert filed[subject, "fd_random"]["protocol"]["hash"] == whole[subject, "fd_random"]["protocol"]["hash"]
+
+
+def test_the_sheet_of_nearest_training_images_is_left_with_the_scores(run: RunConfig) -> None:
+    found = scores(run, "fid", dataclasses.replace(EVAL, features=("random",), neighbours=3), diffusion=None)
+    copies = found["autoregressive", "copies"]
+    assert copies["protocol"]["num_real"] == 1438 and copies["protocol"]["settings"]["held_out"] == 359
+    told = json.loads((run.folder / "eval" / "neighbours-autoregressive.json").read_text())
+    assert len(told["samples"]) == 3 and (run.folder / "eval" / "neighbours-autoregressive.png").is_file()
+
+
+def test_a_second_look_computes_no_features(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(EVAL, features=("random",))
+    before = scores(run, config=config)
+
+    def never(*_: object) -> None:
+        raise AssertionError("features were computed again")
+
+    monkeypatch.setattr(RandomFeatures, "outputs", never)
+    assert scores(run, "fid", config).items() <= before.items()
 
 
 def test_a_generator_of_another_tokenizer_is_not_probed(run: RunConfig) -> None:

@@ -179,8 +179,9 @@ def test_a_randomised_generator_depends_on_its_seed_alone(generator: Autoregress
     first, again, other = (generator.randomised(seed) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state) and torch.equal(generator.nll(codes, LABELS - 1), before)
     assert (first.fingerprint, other.fingerprint, generator.fingerprint) == ("random-1", "random-2", "g")
-    assert torch.equal(first.features(codes, "block_2"), again.features(codes, "block_2"))
-    assert not torch.allclose(first.features(codes, "block_2"), other.features(codes, "block_2"), atol=1e-3)
+    deep = [each.features(codes, ["block2"])["block2"] for each in (first, again, other)]
+    assert torch.equal(deep[0], deep[1])
+    assert not torch.allclose(deep[0], deep[2], atol=1e-3)
     names = {name: weight.shape for name, weight in generator.network.state_dict().items()}
     assert {name: weight.shape for name, weight in first.network.state_dict().items()} == names
     assert first.network.code_embedding.weight.std().item() == pytest.approx(0.02, rel=0.2)
@@ -198,13 +199,13 @@ def test_wrong_labels_and_codes_are_named_with_their_range(generator: Autoregres
     with pytest.raises(ValueError, match="1 labels for 2 samples"):
         generator.sample(torch.tensor([0]), [0, 1])
     with pytest.raises(ValueError, match=r"code 11 is out of the vocabulary 0 \.\. 10"):
-        generator.features(torch.full_like(codes, 11), "block_1")
+        generator.features(torch.full_like(codes, 11), ["block1"])
     with pytest.raises(ValueError, match=r"code -1 is out of the vocabulary 0 \.\. 10"):
         generator.nll(torch.full_like(codes, -1), LABELS - 1)
     with pytest.raises(ValueError, match="T at most 8"):
-        generator.features(codes.repeat(1, 2), "block_1")
-    with pytest.raises(ValueError, match="tap='block_9' must be one of block_1, block_2"):
-        generator.features(codes, "block_9")
+        generator.features(codes.repeat(1, 2), ["block1"])
+    with pytest.raises(ValueError, match="tap='block9' must be one of block1, block2"):
+        generator.features(codes, ["block9"])
 
 
 def test_an_unconditional_generator_knows_one_start_token(codes: torch.Tensor) -> None:
@@ -230,10 +231,10 @@ def test_features_average_the_stream_after_a_block(generator: Autoregressive, co
     handle = generator.network.blocks[0].register_forward_hook(lambda *args: caught.append(args[2]))
     generator.network(codes, torch.full((4,), 3))
     handle.remove()
-    features = generator.features(codes, "block_1")
-    assert features.shape == (4, 32)
-    torch.testing.assert_close(features, caught[0].mean(1))
-    assert not torch.allclose(features, generator.features(codes, "block_2"))
+    features = generator.features(codes, ["block1", "block2"])
+    assert features["block1"].shape == (4, 32)
+    torch.testing.assert_close(features["block1"], caught[0].mean(1))
+    assert not torch.allclose(features["block1"], features["block2"])
 
 
 def test_features_at_several_taps_are_those_of_each_from_one_pass(
@@ -242,17 +243,16 @@ def test_features_at_several_taps_are_those_of_each_from_one_pass(
     passes: list[int] = []
     for number, block in enumerate(generator.network.blocks, start=1):
         block.register_forward_hook(lambda *args, number=number: passes.append(number))
-    both = generator.features_at(codes, ["block_2", "block_1"])
-    assert passes == [1, 2]
-    assert all(not features.requires_grad for features in both)
-    for found, tap in zip(both, ("block_2", "block_1"), strict=True):
-        assert torch.equal(found, generator.features(codes, tap))
+    both = generator.features(codes, ["block2", "block1"])
+    assert passes == [1, 2] and both.keys() == {"block1", "block2"}
+    for tap, found in both.items():
+        assert torch.equal(found, generator.features(codes, [tap])[tap]) and not found.requires_grad
     passes.clear()
-    generator.features_at(codes, ["block_1", "block_1"])
+    generator.features(codes, ["block1", "block1"])
     assert passes == [1]  # no further than the deepest tap
-    assert generator.features_at(codes, []) == []
-    with pytest.raises(ValueError, match="tap='block_0' must be one of block_1, block_2"):
-        generator.features_at(codes, ["block_1", "block_0"])
+    assert generator.features(codes, []) == {}
+    with pytest.raises(ValueError, match="tap='block0' must be one of block1, block2"):
+        generator.features(codes, ["block1", "block0"])
 
 
 def test_nll_is_the_summed_cross_entropy(generator: Autoregressive, codes: torch.Tensor) -> None:

@@ -339,16 +339,37 @@ def test_preview_is_decoded_and_repeatable(trained: DiffusionTask) -> None:
 
 def test_features_are_one_row_per_latent(trained: DiffusionTask, shards: Shards) -> None:
     latents = shards.load(np.arange(6))["latents"]
-    assert trained.generator.taps == ("block_1", "block_2")
-    features = trained.generator.features(latents, "block_2")
-    assert features.shape == (6, 32)
-    torch.testing.assert_close(features[4:], trained.generator.features(latents[4:], "block_2"), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(features, trained.generator.features(latents, "block_2@2.0"))
-    for other in ("block_1", "block_2@-1"):
-        assert not torch.allclose(features, trained.generator.features(latents, other), atol=1e-3)
-    for wrong in ("block_0", "block_3", "block_1@much"):
+    assert trained.generator.taps == ("block1", "block2")
+    features = feature(trained, latents, "block2")
+    assert features.shape == (6, 32) and features.dtype == torch.float32
+    torch.testing.assert_close(features[4:], feature(trained, latents[4:], "block2"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features, feature(trained, latents, "block2@logsnr=2.0"))
+    for other in ("block1", "block2@logsnr=-1"):
+        assert not torch.allclose(features, feature(trained, latents, other), atol=1e-3)
+    for wrong in ("block0", "block3", "block_1", "block1@1", "block1@logsnr=much", "block1@logsnr=nan"):
         with pytest.raises(ValueError, match=f"tap='{wrong}' is unknown"):
-            trained.generator.features(latents, wrong)
+            trained.generator.features(latents, ["block1", wrong])
+
+
+def test_features_at_several_taps_take_one_pass_for_each_noise_level(trained: DiffusionTask, shards: Shards) -> None:
+    latents, passes = shards.load(np.arange(6))["latents"], []
+    hooks = [
+        block.register_forward_hook(lambda *args, number=number: passes.append(number))
+        for number, block in enumerate(trained.network.blocks, start=1)
+    ]
+    taps = ["block2", "block1", "block1@logsnr=-3", "block1@logsnr=2"]
+    found = trained.generator.features(latents, taps)
+    assert list(found) == taps and sorted(passes) == [1, 1, 2]  # no deeper than the deepest tap of each level
+    assert torch.equal(found["block1"], found["block1@logsnr=2"])
+    for hook in hooks:
+        hook.remove()
+    for tap in taps:
+        assert torch.equal(found[tap], feature(trained, latents, tap)) and not found[tap].requires_grad
+    assert trained.generator.features(latents, []) == {}
+
+
+def feature(trained: DiffusionTask, latents: torch.Tensor, tap: str) -> torch.Tensor:
+    return trained.generator.features(latents, [tap])[tap]
 
 
 def test_a_saved_generator_samples_the_same(trained: DiffusionTask) -> None:
@@ -385,7 +406,7 @@ def test_wrong_labels_shapes_and_settings_are_refused(trained: DiffusionTask) ->
     with pytest.raises(ValueError, match="1 labels for 2 samples"):
         generator.sample(torch.tensor([0]), [0, 1])
     with pytest.raises(ValueError, match=r"latents of shape \[1, 3, 4, 4\] do not fit"):
-        generator.features(torch.zeros(1, 3, 4, 4), "block_1")
+        generator.features(torch.zeros(1, 3, 4, 4), ["block1"])
     with pytest.raises(ValueError, match=r"eta=0\.5 needs solver=ddim"):
         generator.sample(None, [0], solver="heun", eta=0.5)
     with pytest.raises(ValueError, match=r"first_logsnr=9 must lie below last_logsnr=1"):

@@ -35,10 +35,12 @@ def test_towers_map_images_to_vectors_and_back(image_size: int, multipliers: tup
 def test_hidden_is_the_feature_map_after_each_resolution_and_after_the_middle() -> None:
     encoder, _ = towers()
     images = torch.randn(2, 3, 16, 16)
-    taps = [encoder.hidden(images, depth) for depth in range(1, encoder.depth + 1)]
+    first, *taps = encoder.hidden(images)
+    assert torch.equal(to_map(first, 16), encoder.embed(images))
     assert [tuple(tap.shape) for tap in taps] == [(2, 256, 16), (2, 64, 32), (2, 16, 32), (2, 16, 32)]
     after = encoder.head(F.silu(encoder.norm(to_map(taps[-1], 4))))
     assert torch.allclose(encoder.project(to_tokens(after)), encoder(images), atol=1e-6)
+    assert torch.allclose(encoder.out(taps[-1]), encoder(images), atol=1e-6)
 
 
 def test_tokens_are_pixels_in_raster_order() -> None:

@@ -8,6 +8,7 @@ import torch
 from engine.checkpoint import save_model
 from tokenizer.config import TOWERS, TokenizerModelConfig
 from tokenizer.model import Tokenizer, count_parameters, load_tokenizer, model_card
+from tokenizer.vit import patchify
 
 
 def test_shapes_and_dtypes(tokenizer: Tokenizer, images: torch.Tensor) -> None:
@@ -52,15 +53,35 @@ def test_same_images_same_codes_whatever_the_batch(tokenizer: Tokenizer, images:
 
 
 def test_features_of_every_tap(tokenizer: Tokenizer, images: torch.Tensor) -> None:
-    assert tokenizer.taps == ("encoder.0", "encoder.1", "codes")
-    found = {tap: tokenizer.features(images, tap) for tap in tokenizer.taps}
+    assert tokenizer.taps == ("patch", "encoder.1", "encoder.2", "pre_quant", "post_quant")
+    found = tokenizer.features(images, tokenizer.taps)
     assert {tap: tuple(value.shape) for tap, value in found.items()} == {
-        "encoder.0": (6, 32), "encoder.1": (6, 32), "codes": (6, 4),
+        "patch": (6, 32), "encoder.1": (6, 32), "encoder.2": (6, 32), "pre_quant": (6, 4), "post_quant": (6, 4),
     }  # fmt: skip
-    assert torch.equal(found["codes"], tokenizer.quantizer.lookup(tokenizer.encode(images)).mean(1))
-    assert not torch.allclose(found["encoder.0"], found["encoder.1"])
-    with pytest.raises(ValueError, match=r"tap='decoder.0'.*encoder.1, codes"):
-        tokenizer.features(images, "decoder.0")
+    assert torch.equal(found["pre_quant"], tokenizer.vectors(images).mean(1))
+    assert torch.equal(found["post_quant"], tokenizer.quantizer.lookup(tokenizer.encode(images)).mean(1))
+    embedded = tokenizer.encoder.embed(patchify(images / 127.5 - 1, 4)) + tokenizer.encoder.positions
+    torch.testing.assert_close(found["patch"], embedded.mean(1))
+    assert not torch.allclose(found["encoder.1"], found["encoder.2"])
+    with pytest.raises(ValueError, match=r"tap='decoder.1' is unknown.*patch, encoder.1, .*, post_quant"):
+        tokenizer.features(images, ["patch", "decoder.1"])
+
+
+def test_features_take_one_pass_as_far_as_the_deepest_tap(tokenizer: Tokenizer, images: torch.Tensor) -> None:
+    passes: list[int] = []
+    whole = tokenizer.features(images, tokenizer.taps)
+    hooks = [
+        block.register_forward_hook(lambda *args, number=number: passes.append(number))
+        for number, block in enumerate(tokenizer.encoder.blocks, start=1)
+    ]
+    asked = {("patch",): [], ("encoder.1", "patch"): [1], tokenizer.taps: [1, 2], ("post_quant",): [1, 2], (): []}
+    for taps, blocks in asked.items():
+        passes.clear()
+        found = tokenizer.features(images, taps)
+        assert passes == blocks and found.keys() == set(taps)
+        assert all(torch.equal(found[tap], whole[tap]) and not found[tap].requires_grad for tap in taps)
+    for hook in hooks:
+        hook.remove()
 
 
 def test_inference_needs_no_gradients_and_gives_none(tokenizer: Tokenizer, images: torch.Tensor) -> None:

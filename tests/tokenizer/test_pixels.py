@@ -79,8 +79,9 @@ def test_there_are_no_codes(pixels: Tokenizer, images: torch.Tensor) -> None:
 
 
 def test_the_only_tap_is_the_mean_colour(pixels: Tokenizer, images: torch.Tensor) -> None:
-    assert pixels.taps == ("latents",)
-    assert torch.allclose(pixels.features(images, "latents"), to_float(images).mean(dim=(2, 3)), atol=1e-6)
+    assert pixels.taps == ("pre_quant",)
+    features = pixels.features(images, pixels.taps)["pre_quant"]
+    assert torch.allclose(features, to_float(images).mean(dim=(2, 3)), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["per_channel", "static"])

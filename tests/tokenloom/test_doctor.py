@@ -6,7 +6,7 @@ from importlib import metadata
 import pytest
 import torch
 
-from eval.features import INCEPTION_FILES
+from eval.inception import INCEPTION_FILES
 from tokenizer.perceptual import TRUNKS
 from tokenloom import doctor as module
 from tokenloom.doctor import doctor
