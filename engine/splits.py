@@ -17,6 +17,7 @@ from engine.config import DataConfig
 SPLIT_SEED = 20211009
 # The first name that is there wins: a held-out set that was tuned on is the second choice.
 SPLIT_NAMES = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation")}
+MOST_CLASSES = 1 << 20  # a larger label is no class but a damaged number
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 
 
@@ -140,6 +141,8 @@ def label_names(values: Iterable[Any]) -> tuple[str, ...]:
     if texts and texts != known:
         raise ValueError(f"labels mix strings such as {min(texts)!r} with numbers; correct them or data.label_column")
     largest = max((value for value in known if isinstance(value, int)), default=-1)
+    if largest >= MOST_CLASSES:
+        raise ValueError(f"a label is {largest:,}, but labels count classes from 0: correct it or data.label_column")
     return tuple(sorted(texts)) or tuple(str(number) for number in range(largest + 1))
 
 

@@ -23,6 +23,8 @@ def test_labels_of_any_kind_become_integers():
     names = label_names(["dog", "cat", None, "dog"])
     assert names == ("cat", "dog") and encode_labels(["dog", None, "cat"], names, "x").tolist() == [1, -1, 0]
     assert label_names([0, 3]) == ("0", "1", "2", "3") and encode_labels([3, -1], ("a",) * 4, "x").tolist() == [3, -1]
+    with pytest.raises(ValueError, match="a label is 1,000,000,000,000, but labels count classes"):
+        label_names([1, 10**12])
 
 
 @pytest.mark.parametrize("value", ["fox", 7, 1.5])
