@@ -1,6 +1,7 @@
 """Promise: every YAML parses strictly and builds on the meta device; every enumerated choice is known to the code."""
 
 import dataclasses
+import functools
 import json
 import re
 import typing
@@ -26,7 +27,7 @@ from generator.steps import STEPS
 from tokenizer.model import Tokenizer
 from tokenizer.quantize import GRADIENTS
 from tokenloom.experiment import Experiment, load_experiment
-from tokenloom.study_config import load_study, vary
+from tokenloom.study_config import StudyConfig, load_study, vary
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 SMOKE = Path(__file__).parent.parent / "configs" / "smoke.yaml"
@@ -41,13 +42,21 @@ def rows() -> list[typing.Any]:
     return found
 
 
-@pytest.mark.parametrize(("path", "row"), rows())
-def test_every_yaml_parses_and_builds(path: Path, row: str | None, tmp_path: Path) -> None:
+@functools.cache
+def study_of(path: Path) -> tuple[StudyConfig, Experiment]:
+    return load_study(["--config", str(path)])
+
+
+def experiment_of(path: Path, row: str | None) -> Experiment:
     if row is None:
-        experiment = load_experiment(["--config", str(path)])
-    else:
-        study, base = load_study(["--config", str(path)])
-        experiment = vary(base, study.rows[study.names.index(row)])
+        return load_experiment(["--config", str(path)])
+    study, base = study_of(path)
+    return vary(base, study.rows[study.names.index(row)])
+
+
+@pytest.mark.parametrize(("path", "row"), rows())
+def test_every_yaml_parses_and_builds(path: Path, row: str | None) -> None:
+    experiment = experiment_of(path, row)
     with torch.device("meta"):
         tokenizer = Tokenizer(experiment.tokenizer.model, image_size=experiment.data.size)
         card = {
@@ -63,6 +72,13 @@ def test_every_yaml_parses_and_builds(path: Path, row: str | None, tmp_path: Pat
         schedule, train = build_schedule(experiment.diffusion.schedule), experiment.diffusion.train
         Curriculum(experiment.diffusion.curriculum, schedule, steps=train.steps)
     assert len(samplings(experiment.eval, dict(experiment.generators()))) >= len(experiment.eval.variants)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_what_a_run_keeps_of_every_yaml_reads_back(path: Path, tmp_path: Path) -> None:
+    """Of a study, its last row, which differs from the base."""
+    rows = list(yaml.safe_load(path.read_text()).get("study", {}).get("rows", [])) or [None]
+    experiment = experiment_of(path, rows[-1])
     again = tmp_path / "resolved.yaml"
     again.write_text(to_yaml(experiment))
     assert load_experiment(["--config", str(again)]) == experiment
@@ -116,6 +132,7 @@ COMPANIONS = {
     "anti": [".num_clusters=3", ".patience=3"],
     "fixed": [".kind=easy_to_hard", ".num_clusters=3", ".stage_steps=5"],
     "list": [".levels=[-6,0,6]"],
+    "torch_fidelity": [".num_samples=1000"],
     "pixels": [  # which have no networks to set and nothing to train
         *(".vocab_size=8192", ".code_dim=32", ".encoder=null", ".decoder=null"),
         f"tokenizer.train={json.dumps(to_dict(TrainConfig()))}",
@@ -123,13 +140,31 @@ COMPANIONS = {
 }
 
 
-@pytest.mark.parametrize(("key", "values"), [pytest.param(*choice, id=choice[0]) for choice in choices(Experiment)])
-def test_every_choice_can_be_given_on_the_command_line(key: str, values: tuple) -> None:
-    for value in values:
-        words = [f"--{key}={value}"]
+CHOICES = dict(choices(Experiment))
+# Refused beside some choice of another key.
+APART = ("kl", "pixels", "fixed")
+
+
+def accepted(chosen: dict[str, str]) -> None:
+    """Give the smoke test's run these values, with what they need beside them, and find them there."""
+    words = [f"--{key}={value}" for key, value in chosen.items()]
+    for key, value in chosen.items():
         section = key.rpartition(".")[0]
         words += [f"--{section if more[0] == '.' else ''}{more}" for more in COMPANIONS.get(value, ())]
-        experiment: object = load_experiment(["--config", str(SMOKE), *words])
-        for part in key.split("."):
-            experiment = getattr(experiment, part)
-        assert experiment == value
+    experiment = load_experiment(["--config", str(SMOKE), *words])
+    for key, value in chosen.items():
+        assert functools.reduce(getattr, key.split("."), experiment) == value, key
+
+
+@pytest.mark.parametrize("turn", range(max(map(len, CHOICES.values()))))
+def test_every_choice_can_be_given_on_the_command_line(turn: int) -> None:
+    """The first choices of all keys together, then the second ones, and so on."""
+    turns = {key: values[turn] for key, values in CHOICES.items() if turn < len(values)}
+    accepted({key: value for key, value in turns.items() if value not in APART})
+
+
+@pytest.mark.parametrize("value", APART)
+def test_a_choice_that_stands_apart_can_be_given_too(value: str) -> None:
+    for key, values in CHOICES.items():
+        if value in values:
+            accepted({key: value})

@@ -3,9 +3,10 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -20,19 +21,14 @@ from engine.snapshots import averaged_at, read_snapshot, snapshots
 from engine.task import Task
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import forked
 from toy import Denoise, Noise, flat, train_toy
 
-TOY = [sys.executable, str(Path(__file__).parent / "toy.py")]
 
-
-def start(folder: Path, *words: str) -> subprocess.Popen[str]:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*TOY, str(folder), *words], **pipes, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def wait_for(condition, process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], object], process: BaseProcess) -> None:
     deadline = time.monotonic() + 60
-    while not condition() and process.poll() is None and time.monotonic() < deadline:
+    while not condition() and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.005)
 
 
@@ -51,13 +47,14 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(tmp_path: Pat
     expected, _ = train_toy(tmp_path / "whole", steps=60, dropout=0.2, snapshot_every=9)
     moments = random.Random(0)
     for _ in range(4):
-        process = start(tmp_path / "killed", "steps=60", "dropout=0.2", "pause=0.02", "snapshot_every=9")
         count = len(read_metrics(tmp_path / "killed"))
+        settings = {"steps": 60, "dropout": 0.2, "pause": 0.02, "snapshot_every": 9}
+        process = forked.start("toy:train_toy", tmp_path / "killed", told=tmp_path / "told", **settings)
         wait_for(lambda count=count: len(read_metrics(tmp_path / "killed")) > count, process)
         time.sleep(moments.random() * 0.2)
         process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
     assert 4 <= len(read_metrics(tmp_path / "killed")) < len(read_metrics(tmp_path / "whole"))
     actual, task = train_toy(tmp_path / "killed", steps=60, dropout=0.2, snapshot_every=9)
     assert actual == expected
@@ -69,12 +66,15 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(tmp_path: Pat
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_writes_a_checkpoint_says_so_and_resumes_exactly(tmp_path: Path, number: signal.Signals) -> None:
     expected, _ = train_toy(tmp_path / "whole", steps=50)
-    process = start(tmp_path / "stopped", "steps=50", "pause=0.05", "checkpoint_every=1000")
+    settings = {"steps": 50, "pause": 0.05, "checkpoint_every": 1000}
+    process = forked.start("toy:train_toy", tmp_path / "stopped", told=tmp_path / "told", **settings)
     wait_for(lambda: read_metrics(tmp_path / "stopped"), process)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert f"stopped by {number.name}" in errors and "the same command resumes" in errors
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 128 + number
+    told = (tmp_path / "told").read_text()
+    assert f"stopped by {number.name}" in told and "the same command resumes" in told
     assert len(checkpoints(tmp_path / "stopped" / "checkpoints")) == 1
     assert train_toy(tmp_path / "stopped", steps=50, checkpoint_every=1000)[0] == expected
 
@@ -258,10 +258,8 @@ def test_previews_and_validation_are_written(tmp_path: Path) -> None:
 def test_several_processes_train_to_the_weights_of_one(tmp_path: Path) -> None:
     train_toy(tmp_path / "one", snapshot_every=20)
     for parallel in ("ddp", "fsdp"):
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        command = [*torchrun, TOY[1], str(tmp_path / parallel), f"parallel={parallel}", "snapshot_every=20"]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr
+        settings = {"parallel": parallel, "snapshot_every": 20}
+        forked.run_two("toy:train_toy", tmp_path / parallel, told=tmp_path / "told", **settings)
         assert torch.allclose(flat(tmp_path / "one"), flat(tmp_path / parallel), atol=1e-6)
         for mine, theirs in zip(logged(tmp_path / "one"), logged(tmp_path / parallel), strict=True):
             assert mine.keys() == theirs.keys()

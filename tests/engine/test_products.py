@@ -50,13 +50,14 @@ class Tower(nn.Module):
 
 @TYPES
 @BIAS
-@pytest.mark.parametrize("shape", [(1,), (3,), (17,), (1, 1), (3, 1), (2, 5), (0,), (0, 1)])
-def test_a_packed_layer_equals_the_dense_one(dtype: torch.dtype, bias: bool, shape: tuple[int, ...]) -> None:
-    layer, x = dense(dtype, bias=bias), torch.randn(*shape, WIDTH).to(dtype)
-    for rows in (1, 4):  # what it is packed for decides its speed alone
-        found = PackedLinear(layer, rows)(x)
-        assert found.dtype == dtype and found.shape == (*shape, OUT)
-        torch.testing.assert_close(found, layer(x), **CLOSE[dtype])
+def test_a_packed_layer_equals_the_dense_one(dtype: torch.dtype, bias: bool) -> None:
+    layer = dense(dtype, bias=bias)
+    for shape in ((1,), (3,), (17,), (1, 1), (3, 1), (2, 5), (0,), (0, 1)):
+        x = torch.randn(*shape, WIDTH).to(dtype)
+        for rows in (1, 4):  # what it is packed for decides its speed alone
+            found = PackedLinear(layer, rows)(x)
+            assert found.dtype == dtype and found.shape == (*shape, OUT)
+            torch.testing.assert_close(found, layer(x), **CLOSE[dtype])
 
 
 @TYPES

@@ -1,7 +1,6 @@
-"""A tiny task for the loop's tests, also run as a program: python toy.py FOLDER [key=value ...]."""
+"""A tiny task for the loop's tests."""
 
 import hashlib
-import sys
 import time
 from pathlib import Path
 
@@ -133,11 +132,3 @@ def flat(folder: Path) -> Tensor:
     assert saved is not None
     weights = saved[0]
     return torch.cat([weights[name][key].flatten() for name in sorted(weights) for key in sorted(weights[name])])
-
-
-if __name__ == "__main__":
-    words = dict(word.split("=") for word in sys.argv[2:])
-    values = {
-        key: float(value) if "." in value else int(value) if value.isdigit() else value for key, value in words.items()
-    }
-    print(train_toy(Path(sys.argv[1]), **values)[0])  # type: ignore[arg-type]

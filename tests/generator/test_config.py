@@ -21,7 +21,6 @@ from generator.config import (
 )
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(
     ("section", "key"),
     [
@@ -42,10 +41,11 @@ from generator.config import (
         (DiffusionConfig, "weight_gamma"),
     ],
 )
-def test_numbers_are_finite(section: Any, key: str, value: float) -> None:
+def test_numbers_are_finite(section: Any, key: str) -> None:
     """YAML has .nan and .inf."""
-    with pytest.raises(ValueError, match=rf"diffusion\..*{key}={value} must be finite"):
-        section(**{key: value})
+    for value in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match=rf"diffusion\..*{key}={value} must be finite"):
+            section(**{key: value})
 
 
 def test_listed_levels_are_finite() -> None:
@@ -81,16 +81,16 @@ def test_every_key_of_a_curriculum_is_known_to_be_read() -> None:
     assert {kind for kinds in CURRICULUM_KEYS.values() for kind in kinds} | {"uniform"} == set(KINDS)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("key", CURRICULUM_KEYS)
-def test_a_key_of_another_curriculum_is_refused(key: str, kind: Any) -> None:
+def test_a_key_of_another_curriculum_is_refused(key: str) -> None:
     settings: dict[str, Any] = {key: OTHER_VALUES[key]} | ({"stage_steps": 5} if key == "pacing" else {})
-    if kind in CURRICULUM_KEYS[key]:
+    readers = CURRICULUM_KEYS[key]
+    for kind in readers:
         assert getattr(CurriculumConfig(kind=kind, **settings), key) == OTHER_VALUES[key]
-        return
-    remedy = rf"set diffusion\.curriculum\.kind={CURRICULUM_KEYS[key][0]}"
-    with pytest.raises(ValueError, match=rf"{key}={OTHER_VALUES[key]} has no effect with kind={kind}: {remedy}"):
-        CurriculumConfig(kind=kind, **settings)
+    for kind in set(KINDS) - set(readers):
+        told = rf"has no effect with kind={kind}: set diffusion\.curriculum\.kind={readers[0]}"
+        with pytest.raises(ValueError, match=rf"{key}={OTHER_VALUES[key]} {told}"):
+            CurriculumConfig(kind=kind, **settings)
 
 
 @pytest.mark.parametrize("key", ["patience", "smoothing", "min_improvement"])

@@ -45,14 +45,13 @@ def brute_force(probabilities: list[float], temperature: float, top_k: int, top_
     return [weights[code] / total if code in nucleus else 0.0 for code in range(len(weights))]
 
 
-@pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), list(itertools.product([0.5, 1.0, 2.0], [0, 1, 3, 9], [0.01, 0.5, 0.75, 1.0]))
-)
-def test_distribution_equals_brute_force(temperature: float, top_k: int, top_p: float) -> None:
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_distribution_equals_brute_force(temperature: float) -> None:
     logits = torch.tensor(PROBABILITIES).log().expand(2, -1) + 3
-    found = distribution(logits, temperature=temperature, top_k=top_k, top_p=top_p)
-    expected = torch.tensor(brute_force(PROBABILITIES, temperature, top_k, top_p)).expand(2, -1)
-    torch.testing.assert_close(found, expected)
+    for top_k, top_p in itertools.product((0, 1, 3, 9), (0.01, 0.5, 0.75, 1.0)):
+        found = distribution(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+        expected = torch.tensor(brute_force(PROBABILITIES, temperature, top_k, top_p)).expand(2, -1)
+        torch.testing.assert_close(found, expected)
 
 
 def test_distribution_is_computed_in_fp32() -> None:
@@ -332,10 +331,10 @@ def test_compiled_steps_decode_the_same_codes_whatever_the_shapes(
 ) -> None:
     # The traced step is run as it was traced: to turn it into machine code takes much longer.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    monkeypatch.setattr("generator.decoding.STRETCH", 5)  # windows of 5, 10, 15 and 16 codes
+    monkeypatch.setattr("generator.decoding.STRETCH", 9)  # windows of 9 and 16 codes
     torch._dynamo.reset()
     settings = AutoregressiveSampleConfig(guidance=3.0, **GUIDANCE["interval"])
-    for batch_size in (2, 5, 1):
+    for batch_size in (3, 1):
         request = (packed(network, batch_size), torch.arange(batch_size) % CLASSES)
         uniforms = seeded_uniforms(range(batch_size), LENGTH)
         compiled = decode(*request, uniforms, dataclasses.replace(settings, compile=True), null_label=CLASSES)

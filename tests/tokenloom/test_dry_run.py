@@ -30,9 +30,14 @@ from tokenloom.pipeline import check
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 
 
+@pytest.fixture(scope="module")
+def read() -> Experiment:
+    return load_experiment(["--config", str(DIGITS), "--run.precision=fp32"])
+
+
 @pytest.fixture
-def digits(tmp_path: Path) -> Experiment:
-    return load_experiment(["--config", str(DIGITS), f"--run.root={tmp_path}", "--run.precision=fp32"])
+def digits(read: Experiment, tmp_path: Path) -> Experiment:
+    return dataclasses.replace(read, run=dataclasses.replace(read.run, root=str(tmp_path)))
 
 
 def cells(text: str, name: str) -> list[str]:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,27 +16,64 @@ from safetensors.torch import load_file
 from generator.config import CurriculumConfig
 from generator.pacing import Pacing
 
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import forked
+
 SMOKE = str(Path(__file__).parents[2] / "configs" / "smoke.yaml")
 # Dropout draws other masks on other processes; bf16 rounds too coarsely to compare.
-WORDS = ["run", "--config", SMOKE, "--run.device=cpu", "--run.precision=fp32", "--autoregressive.model.dropout=0"]
+WORDS = ["--config", SMOKE, "--run.device=cpu", "--run.precision=fp32", "--autoregressive.model.dropout=0"]
+RUN = ["run", *WORDS, "--eval.features=[random]", "--eval.probe.taps=[pixels]", "--eval.num_samples=20"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "tokenloom"]
 
 
-def execute(root: Path, *launcher: str, parallel: str = "ddp") -> None:
-    command = [sys.executable, *launcher, "-m", "tokenloom", *WORDS, f"--run.root={root}", f"--run.parallel={parallel}"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+def execute(words: list[str], root: Path, *, processes: int = 1) -> None:
+    """Carry a command out with `run.root` as given, in one process or in two."""
+    carry_out(processes, "tokenloom.cli:main", [*words, f"--run.root={root}"], told=root / "told")
+
+
+def carry_out(processes: int, program: str, *arguments: Any, told: Path) -> None:
+    told.parent.mkdir(exist_ok=True)
+    (forked.run if processes == 1 else forked.run_two)(program, *arguments, told=told)
+
+
+def with_codes(smoke: Path, root: Path) -> Path:
+    """A folder of runs where the run `smoke` has the other one's tokenizer and codes."""
+    for stage in ("tokenizer", "codes"):
+        shutil.copytree(smoke / stage, root / "smoke" / stage)
+    return root
+
+
+def largest_difference(one: Path, two: Path) -> float:
+    """Of all weights of two models, which have the same names."""
+    weights, others = (load_file(folder / "model.safetensors") for folder in (one, two))
+    assert weights.keys() == others.keys()
+    return max((weights[key] - others[key]).abs().max().item() for key in weights)
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every stage of the smoke test's run, in one process."""
+    root = tmp_path_factory.mktemp("one")
+    execute(RUN, root)
+    return root / "smoke"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_train_to_the_weights_of_one(tmp_path: Path, parallel: str) -> None:
-    execute(tmp_path / "one")
-    execute(tmp_path / "two", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", parallel=parallel)
+def test_two_processes_train_to_the_weights_of_one(smoke: Path, tmp_path: Path, parallel: str) -> None:
+    """Copies of the weights under `torchrun`, shards of them in processes that find each other alike."""
+    words = [*RUN, f"--run.parallel={parallel}"]
+    if parallel == "ddp":
+        place = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [*TORCHRUN, *words, f"--run.root={tmp_path}"]
+        done = subprocess.run(command, capture_output=True, text=True, env=place)
+        assert done.returncode == 0, done.stderr
+    else:
+        execute(words, tmp_path, processes=2)
     for stage in ("tokenizer", "autoregressive", "diffusion"):
-        one, two = (load_file(tmp_path / root / "smoke" / stage / "model.safetensors") for root in ("one", "two"))
-        assert one.keys() == two.keys()
-        assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-4, stage
-    assert (tmp_path / "two" / "smoke" / "report.html").exists()
+        assert largest_difference(smoke / stage, tmp_path / "smoke" / stage) < 1e-4, stage
+    assert (tmp_path / "smoke" / "report.html").exists()
 
 
 # Every part that processes must agree on: opponent, LeCam's means, moving codes, revival in every step, k-means start.
@@ -50,16 +88,12 @@ ADVERSARIAL = [
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_agree_on_codebook_usage_and_opponent(tmp_path: Path, parallel: str) -> None:
-    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for name, launcher in (("one", []), ("two", two)):
-        words = ["tokenizer", *WORDS[1:], *ADVERSARIAL, f"--run.root={tmp_path / name}", f"--run.parallel={parallel}"]
-        words += ["--tokenizer.discriminator.adaptive=true"] if parallel == "ddp" else []  # FSDP refuses it
-        command = [sys.executable, *launcher, "-m", "tokenloom", *words]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr
+    words = ["tokenizer", *WORDS, *ADVERSARIAL, f"--run.parallel={parallel}"]
+    words += ["--tokenizer.discriminator.adaptive=true"] if parallel == "ddp" else []  # FSDP refuses it
+    for name, processes in (("one", 1), ("two", 2)):
+        execute(words, tmp_path / name, processes=processes)
     folders = [tmp_path / name / "smoke" / "tokenizer" for name in ("one", "two")]
-    weights = [load_file(folder / "model.safetensors") for folder in folders]
-    assert max((weights[0][key] - weights[1][key]).abs().max().item() for key in weights[0]) < 1e-4
+    assert largest_difference(*folders) < 1e-4
     logs = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in folders]
     told = {"usage", "perplexity", "dead_codes", "revived", "logits_real", "logits_fake", "r1", "l2"}
     assert told <= logs[0][0].keys()
@@ -71,27 +105,19 @@ def test_two_processes_agree_on_codebook_usage_and_opponent(tmp_path: Path, para
 # What a plain VIM on cached codes does not use: other blocks, images encoded in the step, a curriculum of orders.
 UNUSUAL = [
     "--autoregressive.model.block=modern", "--autoregressive.codes=on_the_fly", "--autoregressive.order.kind=random",
-    "--autoregressive.train.preview_every=10", "--diffusion=null",
+    "--autoregressive.train.preview_every=10", "--diffusion=null", "--run.parallel=fsdp",
 ]  # fmt: skip
 
 
 @pytest.mark.slow
-def test_two_processes_with_shards_of_a_modern_transformer_train_and_preview_as_one(tmp_path: Path) -> None:
-    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    commands: list[tuple[str, str, list[str]]] = [("tokenizer", "one", []), ("encode", "one", [])]
-    commands += [("generator", "one", []), ("generator", "two", two)]
-    for name, root, launcher in commands:
-        if root == "two":
-            for stage in ("tokenizer", "codes"):
-                shutil.copytree(tmp_path / "one" / "smoke" / stage, tmp_path / "two" / "smoke" / stage)
-        words = [name, *WORDS[1:], *UNUSUAL, f"--run.root={tmp_path / root}", "--run.parallel=fsdp"]
-        command = [sys.executable, *launcher, "-m", "tokenloom", *words]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr
-    folders = [tmp_path / root / "smoke" / "autoregressive" for root in ("one", "two")]
-    one, other = (load_file(folder / "model.safetensors") for folder in folders)
-    assert one.keys() == other.keys()
-    assert max((one[key] - other[key]).abs().max().item() for key in one) < 1e-4
+def test_two_processes_with_shards_of_a_modern_transformer_train_and_preview_as_one(
+    smoke: Path, tmp_path: Path
+) -> None:
+    one, two = (with_codes(smoke, tmp_path / name) for name in ("one", "two"))
+    for root, processes in ((one, 1), (two, 2)):
+        execute(["generator", *WORDS, *UNUSUAL], root, processes=processes)
+    folders = [root / "smoke" / "autoregressive" for root in (one, two)]
+    assert largest_difference(*folders) < 1e-4
     previews = [f"step-{step:08d}-{name}.png" for step in (10, 20, 30) for name in ("partial", "samples")]
     for folder in folders:
         assert sorted(path.name for path in (folder / "previews").iterdir()) == previews
@@ -102,87 +128,23 @@ def test_two_processes_with_shards_of_a_modern_transformer_train_and_preview_as_
     assert (first != last).any()  # of the weights of their step
 
 
-# A network whose method `advance` is not its forward; its weights are shards, whole, and shards again.
-GATHERED = """
-import torch
-from torch import nn
-from torch.distributed.tensor import DTensor
-from engine.config import RunConfig
-from engine.device import gathered, setup
-
-class Stack(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.blocks, self.head = nn.ModuleList(nn.Linear(4, 4) for _ in range(2)), nn.Linear(4, 4)
-
-    def forward(self, x):
-        return self.advance(x)
-
-    def advance(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
-
-def shards(network):
-    return [isinstance(weight, DTensor) for weight in network.parameters()]
-
-device = setup(RunConfig(device="cpu", precision="fp32", threads=1, parallel="fsdp"))
-torch.manual_seed(0)
-plain, network = Stack(), Stack()
-network.load_state_dict(plain.state_dict())
-device.share(network, torch.optim.SGD(network.parameters()))
-assert all(shards(network))
-with gathered(network, "advance"), torch.no_grad():
-    for _ in range(2):
-        assert torch.equal(network.advance(torch.ones(3, 4)), plain(torch.ones(3, 4)))
-        assert not any(shards(network))
-assert all(shards(network))
-network(torch.ones(3, 4))
-assert all(shards(network.blocks))  # as before the block, a forward puts the weights of each unit away
-"""
-
-
 @pytest.mark.slow
 def test_weights_are_whole_inside_gathered_and_shards_again_after_it(tmp_path: Path) -> None:
-    (tmp_path / "gather.py").write_text(GATHERED)
-    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "gather.py")]
-    place = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, *two], capture_output=True, text=True, env={**os.environ, **place})
-    assert done.returncode == 0, done.stderr
+    forked.run_two("ranks:gather", told=tmp_path / "told")
 
 
 @pytest.mark.slow
-def test_samples_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
-    execute(tmp_path)
-    words = ["sample", "--config", str(tmp_path / "smoke" / "config.yaml"), "--count", "70", "--run.threads=1"]
-    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for name, launcher in (("one", []), ("two", two)):
-        command = [sys.executable, *launcher, "-m", "tokenloom", *words, "--out", str(tmp_path / name)]
-        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def test_samples_do_not_depend_on_the_number_of_processes(smoke: Path, tmp_path: Path) -> None:
+    words = ["sample", "--config", str(smoke / "config.yaml"), "--count", "70", "--run.threads=1"]
+    for name, processes in (("one", 1), ("two", 2)):
+        out = ["--out", str(tmp_path / name)]
+        carry_out(processes, "tokenloom.cli:main", [*words, *out], told=tmp_path / f"told-{name}")
     for family in ("autoregressive", "diffusion"):
         for index in range(70):
             first, second = (tmp_path / name / family / f"{index:06d}.png" for name in ("one", "two"))
             assert first.read_bytes() == second.read_bytes()
 
 
-# Runs a command of tokenloom, and writes what this process alone saw of the diffusion's steps: stage and loss.
-WATCHED = """
-import json, os, sys
-from pathlib import Path
-from generator.diffusion_task import DiffusionTask
-from tokenloom.cli import main
-
-step, seen = DiffusionTask.step, []
-
-def watched(self, batch, rng):
-    figures = step(self, batch, rng)
-    seen.append([self.curriculum.stage, figures["loss"].item()])
-    return figures
-
-DiffusionTask.step = watched
-main(sys.argv[2:])
-Path(sys.argv[1], "rank-" + os.environ.get("RANK", "0") + ".json").write_text(json.dumps(seen))
-"""
 STAGED = [
     "--diffusion.curriculum.kind=easy_to_hard", "--diffusion.curriculum.num_clusters=4",
     "--diffusion.curriculum.patience=1", "--diffusion.curriculum.smoothing=0.5", "--diffusion.train.log_every=1",
@@ -191,35 +153,23 @@ STAGED = [
 
 
 @pytest.mark.slow
-def test_processes_change_stage_with_the_same_step_though_their_own_losses_differ(tmp_path: Path) -> None:
-    (tmp_path / "watched.py").write_text(WATCHED)
-    place = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-
-    def train(root: str, *launcher: str) -> list[list[list[float]]]:
+def test_processes_change_stage_with_the_same_step_though_their_own_losses_differ(smoke: Path, tmp_path: Path) -> None:
+    def train(root: str, processes: int) -> list[list[list[float]]]:
         """Stages and losses of every step, by process."""
-        folder = tmp_path / root
-        for stage in ("tokenizer", "codes") if root != "one" else ():
-            shutil.copytree(tmp_path / "one" / "smoke" / stage, folder / "smoke" / stage)
-        for name in ("tokenizer", "encode", "generator") if root == "one" else ("generator",):
-            words = [name, *WORDS[1:-1], *STAGED, f"--run.root={folder}"]
-            command = [sys.executable, *launcher, str(tmp_path / "watched.py"), str(folder), *words]
-            done = subprocess.run(command, capture_output=True, text=True, env=place)
-            assert done.returncode == 0, done.stderr
+        folder = with_codes(smoke, tmp_path / root)
+        words = ["generator", *WORDS[:-1], *STAGED, f"--run.root={folder}"]
+        carry_out(processes, "ranks:watch", folder, words, told=folder / "told")
         return [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
 
     def logged(root: str) -> list[dict]:
         lines = (tmp_path / root / "smoke" / "diffusion" / "metrics.jsonl").read_text().splitlines()
         return [line for line in map(json.loads, lines) if "loss" in line]
 
-    def weights(root: str) -> dict:
-        return load_file(tmp_path / root / "smoke" / "diffusion" / "model.safetensors")
-
-    (alone,) = train("one")
+    (alone,) = train("one", 1)
     stages = [stage for stage, _ in alone]
     assert stages[-1] == 4
     config = CurriculumConfig(kind="easy_to_hard", num_clusters=4, patience=1, smoothing=0.5)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    ranks = train("two", *launcher)
+    ranks = train("two", 2)
     assert len(ranks) == 2
     for rank in ranks:
         assert [stage for stage, _ in rank] == stages
@@ -234,6 +184,4 @@ def test_processes_change_stage_with_the_same_step_though_their_own_losses_diffe
         assert one["curriculum/draws"]["shares"] == pytest.approx(two["curriculum/draws"]["shares"], abs=2e-6)
         clusters = [key for key in one if key.startswith("loss_cluster/")]
         assert [one[key] for key in clusters] == pytest.approx([two[key] for key in clusters], rel=1e-3)
-    one, two = weights("one"), weights("two")
-    assert one.keys() == two.keys()
-    assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-4
+    assert largest_difference(*(tmp_path / root / "smoke" / "diffusion" for root in ("one", "two"))) < 1e-4
