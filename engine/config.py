@@ -287,7 +287,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise ValueError(f"--config {path}: no such file (working folder: {Path.cwd()})")
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tokenize
 import zipfile
 from pathlib import Path
 from typing import IO, Literal, NamedTuple
@@ -16,6 +17,8 @@ from eval.pictures import Pictures
 from eval.zip_members import Member, data_offset, list_members, opened
 
 CHUNK_BYTES = 1 << 24
+BAD_HEADER = (ValueError, TypeError, KeyError, SyntaxError, tokenize.TokenError)
+"""What numpy raises on broken headers."""
 
 
 class ImageArray(NamedTuple):
@@ -148,7 +151,7 @@ def _header(stream: IO[bytes], where: str) -> Header:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         header = Header(*read(stream))
-    except (ValueError, TypeError, KeyError) as error:
+    except BAD_HEADER as error:
         raise ValueError(f"{where}: not a whole .npy ({error}); write it again") from error
     if header.dtype.hasobject:
         raise ValueError(f"{where}: holds Python objects, which are never unpickled; save uint8 [N, H, W, 3]")
@@ -171,7 +174,7 @@ def _labels(path: Path, members: dict[str, Member], count: int) -> np.ndarray | 
     with opened(path) as archive, archive.open(members["arr_1"].name) as stream:
         try:
             labels = np.lib.format.read_array(stream, allow_pickle=False)
-        except ValueError as error:
+        except BAD_HEADER as error:
             raise ValueError(f"{path}: arr_1 cannot be read ({error}); save integer labels [N]") from error
     if labels.shape != (count,) or labels.dtype.kind not in "iu":
         found = f"{labels.dtype} {labels.shape}"

@@ -53,6 +53,9 @@ class Comparison:
 def compare(paths: Sequence[Path], *, only: Sequence[str] = (), force: bool = False) -> Comparison:
     """All models of some metrics.json, or of run folders, beside each other; of one file alone, the models in it.
 
+    Real images are marked but stop nothing: where models are held against all there are, they can only be held against
+    a part of themselves.
+
     Args:
         only: names of scores to show, with or without their number of images and features; empty: all.
         force: also take scores that were measured differently; `unlike` then tells them.
@@ -69,8 +72,10 @@ def compare(paths: Sequence[Path], *, only: Sequence[str] = (), force: bool = Fa
     if not any(sum(column in model.scores for model in models) > 1 for column in columns):
         raise ValueError(f"no score is in more than one model of {', '.join(map(str, files))}: nothing to compare")
     unlike = {(label, column): told for column in columns for label, told in _unlike(column, models)}
-    if unlike and not force:
-        raise ValueError(_refusal(unlike))
+    floors = {model.label for model in models if model.subject == FLOOR}
+    refused = {cell: told for cell, told in unlike.items() if cell[0] not in floors}
+    if refused and not force:
+        raise ValueError(_refusal(refused))
     return Comparison(models=models, columns=_by_chapter(columns), unlike=unlike)
 
 

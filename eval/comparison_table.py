@@ -44,7 +44,7 @@ def comparison_json(comparison: Comparison) -> str:
         rows = [_json_row(comparison, model, columns) for model in comparison.rows(title)]
         told = descriptions(comparison.rows(title), columns)
         tables.append({"title": title, "scores": columns, "rows": rows, "descriptions": told})
-    return json.dumps({"tables": tables}, indent=1)
+    return json.dumps(_finite({"tables": tables}), indent=1, allow_nan=False)
 
 
 def best(comparison: Comparison, column: str) -> str:
@@ -72,12 +72,12 @@ def descriptions(rows: Sequence[Model], columns: Sequence[str]) -> dict[str, dic
 
 
 def _description(model: Model, columns: Sequence[str]) -> dict[str, Any]:
-    """Dotted keys with values: the subject without its own fingerprint, labels, rounding, and the code that judged."""
+    """Dotted keys with values: the subject without its own fingerprint, the crop, and the code that judged."""
     told: dict[str, Any] = {}
     for entry in (model.scores[column] for column in columns if column in model.scores):
         stated = entry["protocol"]
         told |= {key: value for key, value in (stated.get("subject") or {}).items() if key != "generator"}
-        told |= {key: stated[key] for key in ("rounding", "code", "torch") if key in stated}
+        told |= {key: stated[key] for key in ("crop", "code", "torch") if key in stated}
     return {key: value for key, (_, value) in difference({}, told).items()}
 
 
@@ -158,5 +158,13 @@ def _json_row(comparison: Comparison, model: Model, columns: Sequence[str]) -> d
 
 def _json_cell(entry: Record) -> dict[str, Any]:
     cell: dict[str, Any] = {key: entry[key] for key in ("name", "value", "interval", "n", "tap") if key in entry}
-    cell["value"] = entry["value"] if math.isfinite(entry["value"]) else None  # JSON has no other number
     return {**cell, "protocol": entry["protocol"].get("hash")}
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for every number that is not finite, as JSON has none."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

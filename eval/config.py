@@ -181,17 +181,14 @@ class EvalConfig:
             _check_variant(name, values)
         if not self.features:
             raise ValueError("eval.features is empty; name at least one, such as random")
+        if len(set(self.features)) < len(self.features):
+            raise ValueError(f"eval.features={list(self.features)} names a judge twice")
         if self.num_samples < 20:
             raise ValueError(f"eval.num_samples={self.num_samples} is too few for any interval; take at least 20")
         if self.batch_size < 1:
             raise ValueError(f"eval.batch_size={self.batch_size} must be at least 1")
         if self.neighbours < 0:
             raise ValueError(f"eval.neighbours={self.neighbours} must not be negative; 0 leaves the sheet out")
-        if self.convention == "torch_fidelity" and self.num_samples < 1000:
-            raise ValueError(
-                f"eval.num_samples={self.num_samples} is too few for eval.convention=torch_fidelity, whose KID is over"
-                " subsets of 1,000 images"
-            )
         if self.rejection.acceptances and "classifier" in self.features and self._picks_as_it_judges:
             raise ValueError(
                 "eval.rejection.classifier is the very one that judges (eval.classifier), so its scores would be "
@@ -202,6 +199,11 @@ class EvalConfig:
     def _picks_as_it_judges(self) -> bool:
         picks, judges = self.rejection.classifier, self.classifier
         return picks.path == judges.path if picks.path or judges.path else picks == judges
+
+    @property
+    def least_images(self) -> int:
+        """Images that each side of a comparison takes: two for each group of an interval, or a subset of KID."""
+        return 1000 if self.convention == "torch_fidelity" else 20
 
     @property
     def main_features(self) -> str:

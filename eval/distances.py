@@ -14,7 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.statistics import BLOCK, GROUPS, Estimate, Gaussian, Moments, group_of_rows, jackknife, student
+from eval.statistics import (
+    BLOCK,
+    GROUPS,
+    NOT_FINITE,
+    Estimate,
+    Gaussian,
+    Moments,
+    group_of_rows,
+    jackknife,
+    require_finite,
+    student,
+)
 
 Root = Literal["nuclear", "eigenvalues"]
 PRECISION = torch.finfo(torch.float64).eps
@@ -70,6 +81,9 @@ def kernel_distance(generated: Tensor, real: Tensor) -> Estimate:
     """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018); on Inception features this is KID.
 
     Over all pairs, not the mean over random subsets: same expectation, less variance. The interval is over both draws.
+
+    Raises:
+        ValueError: fewer than twenty images on a side, or features that are not finite.
     """
     x, y = (_in_groups(features) for features in (generated, real))
     within_x, within_y, between = _sums_within(x), _sums_within(y), _sums_between(x, y)
@@ -91,11 +105,13 @@ def kernel_distance_subsets(
     Without an interval: the subsets overlap, so that their spread does not tell how far the mean may be off.
 
     Raises:
-        ValueError: a set smaller than the subsets.
+        ValueError: a set smaller than the subsets, or features that are not finite.
     """
     if min(len(generated), len(real)) < size:
         sizes = f"{len(generated)} and {len(real)}"
         raise ValueError(f"KID over subsets of {size} needs so many images on each side, got {sizes}; take all pairs")
+    require_finite(generated)
+    require_finite(real)
     random = np.random.RandomState(seed)
     draw = lambda rows: rows[torch.from_numpy(random.choice(len(rows), size, replace=False))].double()
     pairs, values = size * (size - 1), []
@@ -113,7 +129,7 @@ def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 2020) -> Es
     split has a smaller score.
 
     Raises:
-        ValueError: fewer images than splits.
+        ValueError: fewer images than splits, or logits that are not numbers.
     """
     n = len(logits)
     if n < splits:
@@ -122,6 +138,8 @@ def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 2020) -> Es
     bounds = [split * n // splits for split in range(splits + 1)]
     scores = torch.stack([_split_score(logits[order[start:stop]]) for start, stop in pairwise(bounds)])
     value = float(scores.mean())
+    if not math.isfinite(value):
+        raise ValueError(NOT_FINITE)
     if splits < 2:
         return Estimate(value, None)
     reach = student(splits - 1) * float(scores.std()) / splits**0.5
@@ -158,6 +176,7 @@ def _eigenvalue_overlap(a: Tensor, b: Tensor) -> float:
 
 
 def _in_groups(features: Tensor) -> list[Tensor]:
+    require_finite(features)
     group = group_of_rows(len(features))
     return [features[group == index].double() for index in range(GROUPS)]
 

@@ -68,15 +68,9 @@ class Extracted:
             if first < last:
                 yield part[torch.tensor(self.chosen[first:last]) - start]
 
-    def rows(self, key: str = "features", stop: int | None = None) -> Tensor:
-        """One output of the first `stop` images, or of all [N, ...]."""
-        found, count = [], 0
-        for part in self.parts(key):
-            found.append(part)
-            count += len(part)
-            if stop is not None and count >= stop:
-                break
-        return torch.cat(found)[:stop]
+    def rows(self, key: str = "features") -> Tensor:
+        """One output of all images [N, ...]."""
+        return torch.cat(list(self.parts(key)))
 
     def has(self, key: str) -> bool:
         """Whether the network gives such an output."""
@@ -85,8 +79,9 @@ class Extracted:
 
     def at(self, rows: Sequence[int]) -> Extracted:
         """Outputs for the images at some rows, in rising order."""
-        assert self.chosen is None
-        return Extracted(len(rows), self.files, tuple(sorted(rows)))
+        rising = sorted(rows)
+        chosen = rising if self.chosen is None else [self.chosen[row] for row in rising]
+        return Extracted(len(rows), self.files, tuple(chosen))
 
 
 @dataclass(frozen=True)

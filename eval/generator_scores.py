@@ -37,8 +37,14 @@ def ensure_samples(*, run: RunConfig, sampling: Sampling, num: int, device: Devi
 
 
 def check_enough_real(train_set: ImageSet, config: EvalConfig) -> None:
-    """Raise ValueError if the training split is too small for the reference that is asked for."""
-    num = config.num_samples
+    """Raise ValueError if there will be too few samples or real images for the scores that are asked for."""
+    num, least = config.num_samples, config.least_images
+    for key, count in (
+        (f"eval.num_samples={num}", num),
+        (f"the train split has {len(train_set)} images", len(train_set)),
+    ):
+        if count < least:
+            raise ValueError(f"{key}: too few for eval.convention={config.convention}, which takes {least}")
     if config.reference == "equal" and 2 * num > len(train_set):
         raise ValueError(
             f"eval.num_samples={num}: two disjoint sets of real images are needed, but the train split has "

@@ -79,7 +79,7 @@ def _list_parquet(path: Path) -> Files:
         raise ValueError(f"{path}: both training and held-out files; give a glob that fits one of them")
     try:
         listing = list_parquet(config, "train")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         remedy = "; name the columns image and label" if "_column" in str(error) else ""
         raise ValueError(f"{path}: {error}{remedy}") from error
     count = len(listing.labels)

@@ -53,13 +53,31 @@ class Files:
 
 
 def folder_tree(folder: Path) -> Tree:
-    """The files of a folder and all its subfolders."""
+    """The files of a folder and all its subfolders.
+
+    Raises:
+        ValueError: a subfolder that cannot be read, or a link that leads back to a folder around it.
+    """
     names = []
-    for base, folders, files in os.walk(folder, followlinks=True):
+    for base, folders, files in os.walk(folder, followlinks=True, onerror=_unreadable):
         folders[:] = [name for name in folders if not name.startswith(".")]
         inside = Path(base).relative_to(folder)
+        for name in folders:
+            _refuse_loop(Path(base) / name, depth=len(inside.parts) + 1)
         names += [(inside / name).as_posix() for name in files if not name.startswith(".")]
     return Tree(str(folder), sorted(names), lambda name: (folder / name).read_bytes())
+
+
+def _unreadable(error: OSError) -> None:
+    raise ValueError(
+        f"{error.filename}: a folder that cannot be read ({error.strerror}); correct its rights"
+    ) from error
+
+
+def _refuse_loop(folder: Path, *, depth: int) -> None:
+    """Raise ValueError if a folder is a link to one of the `depth` folders around it: there would be no end."""
+    if folder.is_symlink() and any(folder.samefile(above) for above in folder.parents[:depth]):
+        raise ValueError(f"{folder}: a link back to a folder around it; remove it")
 
 
 def zip_tree(path: Path) -> Tree:
@@ -68,7 +86,7 @@ def zip_tree(path: Path) -> Tree:
     Raises:
         ValueError: as `list_members`.
     """
-    members = {member.name: member for member in list_members(path)}
+    members = {PurePosixPath(member.name.replace("\\", "/")).as_posix(): member for member in list_members(path)}
     hidden = {name for name in members if any(part.startswith((".", "__MACOSX")) for part in name.split("/"))}
     return Tree(str(path), sorted(members.keys() - hidden), lambda name: read_member(path, members[name]))
 
@@ -188,7 +206,7 @@ def _integers(values: Sequence[Any], where: str) -> np.ndarray:
     Raises:
         ValueError: something else than integers.
     """
-    wrong = next((value for value in values if type(value) is not int), None)
+    wrong = next((value for value in values if type(value) is not int or abs(value) >= 1 << 63), None)
     if wrong is not None:
-        raise ValueError(f"{where}: label {wrong!r} is no integer; correct it, or remove the file")
+        raise ValueError(f"{where}: label {wrong!r} is no integer of 64 bits; correct it, or remove the file")
     return np.maximum(np.array(values, np.int64), -1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from engine.images import ImageSet
@@ -16,11 +17,12 @@ from eval.features import Extractor
 from eval.infinity import POINTS, frechet_infinity
 from eval.manifold import NEIGHBOURS, manifold_scores
 from eval.names import score_name
+from eval.pictures import draw_indices
 from eval.protocol import Record, protocol, record
 from eval.standard import Standard
 from eval.statistics import GROUPS, Estimate, Gaussian, grouped_moments, proportion
 
-PAIRWISE_IMAGES = 10_000  # scores that compare all pairs of images take at most so many per side
+PAIRWISE_IMAGES = 10_000  # scores that compare all pairs of images take at most so many per side, drawn at random
 SPLITS, SUBSETS, SUBSET_SIZE, SEED = 10, 100, 1000, 2020  # of torch-fidelity
 
 
@@ -59,7 +61,7 @@ def sample_scores(
             records.append(record(name, subject, estimate, n=generated.count, protocol=splits))
         if extractor.name == main and standard.seen is not None:
             theirs = standard.seen.outputs[extractor.name]
-            held = {**stated, "reference": standard.seen.pixels}
+            held = {**stated, **standard.image_facts()}
             records += _pairwise_scores(subject, mine, theirs, config=config, stated=held)
     return records
 
@@ -135,8 +137,9 @@ def _extrapolated(subject: str, mine: Extracted, reference: Gaussian, features: 
 def _pairwise_scores(
     subject: str, mine: Extracted, theirs: Extracted, *, config: EvalConfig, stated: Mapping[str, Any]
 ) -> list[Record]:
-    x, y = mine.rows(stop=PAIRWISE_IMAGES), theirs.rows(stop=PAIRWISE_IMAGES)
+    x, y = _some(mine).rows(), _some(theirs).rows()
     stated = {**stated, "num_real": len(y), "num_generated": len(x)}
+    drawn = {"draw_seed": 0} if len(x) < mine.count or len(y) < theirs.count else {}
     kernel: dict[str, Any] = {"kernel": "(x.y / D + 1)^3", "pairs": "all"}
     found: list[tuple[str, Estimate, dict[str, Any]]] = []
     if config.convention == "torch_fidelity":
@@ -146,6 +149,13 @@ def _pairwise_scores(
         found.append(("kid", kernel_distance(x, y), kernel))
     found += [(name, each, {"k": NEIGHBOURS[name]}) for name, each in manifold_scores(x, y, NEIGHBOURS).items()]
     return [
-        record(name, subject, estimate, n=len(x), protocol=protocol(**stated, settings=settings))
+        record(name, subject, estimate, n=len(x), protocol=protocol(**stated, settings={**settings, **drawn}))
         for name, estimate, settings in found
     ]
+
+
+def _some(extracted: Extracted) -> Extracted:
+    """As many images as are compared pair by pair, at random: the first of a set are often of its first classes."""
+    if extracted.count <= PAIRWISE_IMAGES:
+        return extracted
+    return extracted.at(draw_indices(np.arange(extracted.count), PAIRWISE_IMAGES, seed=0).tolist())

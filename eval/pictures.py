@@ -54,9 +54,11 @@ def drawn(images: ImageSet, indices: np.ndarray, *, name: str, workers: int = 2)
         return images.load(indices[start:stop])["images"]
 
     labels = torch.from_numpy(images.labels[indices]) if (images.labels >= 0).any() else None
+    some = {"drawn": len(indices)} if len(indices) < len(images) else {}
     return Pictures(
-        name=name, count=len(indices), load=load, labels=labels, class_names=images.class_names, workers=workers
-    )
+        name=name, count=len(indices), load=load, labels=labels, class_names=images.class_names,
+        facts={**images.identity(), **some}, workers=workers,
+    )  # fmt: skip
 
 
 def numbered(folder: Path, num: int, *, size: int, name: str) -> Pictures:

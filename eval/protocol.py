@@ -19,7 +19,7 @@ from eval.names import base_name
 from eval.statistics import Estimate
 
 JUDGE = 2  # raised whenever the mathematics of a score changes
-MATTERS = ("judge", "features", "settings", "size", "crop", "num_real", "num_generated", "reference")
+MATTERS = ("judge", "features", "settings", "size", "num_real", "num_generated", "reference")
 IF_STATED = ("labels",)  # matter too, but only between two protocols that both have them
 Record = dict[str, Any]
 
@@ -28,12 +28,13 @@ def protocol(**facts: Any) -> dict[str, Any]:
     """The record of a measurement, JSON-ready. Facts that are None are left out.
 
     These make two scores alike or unlike: `judge` (version of the mathematics, set here), `features` (name, sha256 of
-    weights, resize rule), `settings` of the score, `size`, `crop`, `num_real`, `num_generated`, `reference` (hash of
-    what it was held against); and, where both protocols have it, `labels`, the scheme of the classes that were drawn:
-    balanced or unbalanced.
+    weights, resize rule), `settings` of the score, `size`, `num_real`, `num_generated`, `reference` (hash of what it
+    was held against); and, where both protocols have it, `labels`, the scheme of the classes that were drawn: balanced
+    or unbalanced.
 
-    Anything else is kept and not compared: `data`, `rounding` of the images to bytes, `subject` (what was scored: its
-    fingerprints, seeds, sampler, steps, guidance, EMA or raw weights), `code` and `torch` (versions, set here).
+    Anything else is kept and not compared: `data`, `crop` (that of real images shows in the hash of their pixels, and
+    samples need none), `subject` (what was scored: its fingerprints, seeds, sampler, steps, guidance, rounding, EMA or
+    raw weights), `code` and `torch` (versions, set here).
     """
     stated = {"judge": JUDGE, **{key: value for key, value in facts.items() if value is not None}}
     stated = json.loads(json.dumps(stated))
@@ -83,12 +84,16 @@ def read_scores(path: Path) -> list[Record]:
         raise ValueError(f"scores {path}: no such file; `tokenloom eval` writes it")
     try:
         records = json.loads(Path(path).read_text(encoding="utf-8"))
-        whole = all({"name", "subject", "value", "protocol"} <= set(entry) for entry in records)
-    except (json.JSONDecodeError, TypeError):
-        whole = False
-    if not whole:
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        records = None
+    if not isinstance(records, list) or not all(map(_is_score, records)):
         raise ValueError(f"scores {path}: not a list of name, subject, value and protocol; delete it and score again")
-    return list(records)
+    return records
+
+
+def _is_score(entry: Any) -> bool:
+    kinds = {"name": str, "subject": str, "value": int | float, "protocol": dict}
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
 
 
 def merge_scores(path: Path, new: Sequence[Record]) -> list[Record]:

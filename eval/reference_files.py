@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,11 @@ import torch
 
 from engine.checkpoint import sha256, write_atomic
 from engine.config import difference
-from eval.array_files import npz_members
+from eval.array_files import BAD_HEADER, npz_members
 from eval.image_files import open_pictures
 from eval.pictures import Pictures
 from eval.statistics import Gaussian
+from eval.zip_members import DAMAGE
 
 NOT_STATED = "not stated"
 INCEPTION_DIMS = 2048
@@ -45,7 +44,7 @@ def open_reference(path: str | Path, *, size: int | None = None) -> Reference:
     reads, which also says what `size` does.
 
     Raises:
-        ValueError: nothing there, or a Gaussian that is none: not finite, not square, not symmetric.
+        ValueError: nothing there, or a Gaussian that is none: not finite, not square, no covariance.
     """
     path = Path(path)
     if path.suffix.lower() != ".npz" or not path.is_file():
@@ -144,7 +143,7 @@ def _read_keys(path: Path, wanted: set[str]) -> dict[str, np.ndarray]:
             found = {}
             for key in sorted(wanted & set(stored.files)):
                 found[key] = np.asarray(stored[key])
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (*DAMAGE, *BAD_HEADER) as error:
         raise ValueError(f"reference {path}: {key} cannot be read ({error}); fetch or write the file again") from error
     return found
 
@@ -160,9 +159,13 @@ def _gaussian(path: Path, stored: dict[str, np.ndarray]) -> Gaussian:
         raise ValueError(
             f"reference {path}: mu {mu.shape} and sigma {sigma.shape} must be [D] and [D, D]; measure again"
         )
-    tolerance = ASYMMETRY * float(np.abs(sigma).max())
-    if float(np.abs(sigma - sigma.T).max()) > tolerance or float(sigma.diagonal().min()) < -tolerance:
-        raise ValueError(f"reference {path}: sigma is no covariance (not symmetric or negative); measure again")
+    size = np.abs(sigma)
+    tolerance, spread = ASYMMETRY * float(size.max()), np.sqrt(sigma.diagonal().clip(min=0))
+    uneven = float(np.abs(sigma - sigma.T).max()) > tolerance
+    # No two numbers vary together more than each for itself (Cauchy and Schwarz); for i = j: no variance is negative.
+    if uneven or bool((size > np.outer(spread, spread) + tolerance).any()):
+        fault = "not symmetric" if uneven else "smaller variances than covariances"
+        raise ValueError(f"reference {path}: sigma is no covariance ({fault}); measure again")
     return Gaussian(torch.from_numpy(mu), torch.from_numpy(sigma), _count(path, stored))
 
 

@@ -18,7 +18,7 @@ from engine.snapshots import snapshots
 from engine.sources import open_images
 from eval.classifier import Classifier, check_classes, load_classifier, train_classifier
 from eval.config import EvalConfig
-from eval.features import Extractor, open_features
+from eval.features import Extractor
 from eval.generator_scores import (
     check_enough_real,
     ensure_samples,
@@ -28,11 +28,10 @@ from eval.generator_scores import (
     weights_kind,
 )
 from eval.neighbours import open_archive
-from eval.panel import Panel, cache_of
+from eval.panel import Panel, cache_of, open_extractors
 from eval.pictures import drawn
 from eval.probe_scores import score_probe
 from eval.protocol import Record, drop_scores, drop_stale, merge_scores
-from eval.reference_files import open_reference
 from eval.rejection import (
     Picker,
     check_no_judge,
@@ -41,7 +40,7 @@ from eval.rejection import (
     sample_accepted,
     subject_name,
 )
-from eval.standard import open_standard, training_pictures
+from eval.standard import named_reference, open_standard, training_pictures
 from eval.table import table
 from eval.taps import (
     Representation,
@@ -141,7 +140,7 @@ def evaluate(
         raise ValueError(f"only={only!r} must be fid, reconstruction or probe")
     sections = {"autoregressive": autoregressive, "diffusion": diffusion}
     present = {family: config for family, config in sections.items() if config is not None}
-    asked, families = samplings(eval, present), _trained(run.folder, present)
+    asked, families = samplings(eval, present), _trained(run.folder, present, device)
     asked = [each for each in asked if each.family in families]
     parts = [only] if only else ["reconstruction", "fid", "probe"]
     if eval.snapshots and "fid" in parts:
@@ -158,12 +157,12 @@ def evaluate(
     )
     if "fid" in parts:
         check_enough_real(subject.train_set, eval)
-    panel = Panel(
-        extractors=[] if only == "probe" else open_extractors(subject),
-        config=eval,
-        cache=cache_of(run, eval),
-        device=device,
-    )
+    if "reconstruction" in parts:
+        _check_lpips(eval, data.size, device)
+    judges = [] if only == "probe" else open_extractors(eval, device, lambda: _classifier(subject))
+    if "fid" in parts:
+        _check_reference(eval, data.size, judges)
+    panel = Panel(extractors=judges, config=eval, cache=cache_of(run, eval), device=device)
     folders = _samples(subject, panel.extractors) if "fid" in parts else []
     path = run.folder / "eval" / "metrics.json"
     if device.is_main:
@@ -198,9 +197,7 @@ def check(*, data: DataConfig, eval: EvalConfig, device: Device) -> None:
     check_enough_real(train_set, eval)
     if (train_set.labels >= 0).any() and not (test_set.labels >= 0).any():
         raise ValueError("the training images have labels, the test images none: give labelled ones as data.test_path")
-    for spec in eval.features:
-        if spec != "classifier":
-            open_features(spec, inception_weights=eval.inception_weights)
+    judges = open_extractors(eval, device)
     if "classifier" in eval.features:
         classes = check_classes(train_set)
         if eval.classifier.path is not None:
@@ -209,23 +206,23 @@ def check(*, data: DataConfig, eval: EvalConfig, device: Device) -> None:
         classes = check_classes(train_set, asked="eval.rejection.acceptances is set", remedy="leave it empty")
         if eval.rejection.classifier.path is not None:
             load_classifier(Path(eval.rejection.classifier.path), num_classes=classes, device=device)
-    if eval.reference not in ("equal", "all"):
-        open_reference(eval.reference, size=data.size)
-    for net in lpips_nets(eval.lpips, data.size) if eval.lpips != "auto" else ():
-        load_lpips(net, device.device)
+    _check_reference(
+        eval, data.size, () if "classifier" in eval.features else judges
+    )  # statistics may be of its features
+    _check_lpips(eval, data.size, device)
 
 
-def open_extractors(subject: Subject) -> list[Extractor]:
-    """The extractors of eval.features on the device; trains the classifier if it is asked for and not there yet."""
-    config, network = subject.config, None
-    if "classifier" in config.features:
-        network, _ = _classifier(subject)
-    weights = config.inception_weights
-    opened = [open_features(spec, inception_weights=weights, classifier=network) for spec in config.features]
-    names = [extractor.name for extractor in opened]
-    if len(set(names)) < len(names):
-        raise ValueError(f"eval.features gives two judges one name ({', '.join(names)}): rename a weights file")
-    return [extractor.to(subject.device.device) for extractor in opened]
+def _check_reference(config: EvalConfig, size: int, judges: Sequence[Extractor]) -> None:
+    """Raise ValueError if eval.reference names a file that samples cannot be held against."""
+    if config.reference not in ("equal", "all"):
+        named_reference(config, size, judges)
+
+
+def _check_lpips(config: EvalConfig, size: int, device: Device) -> None:
+    """Raise ValueError if eval.lpips names a network that cannot be had."""
+    if config.lpips != "auto":
+        for net in lpips_nets(config.lpips, size):
+            load_lpips(net, device.device)
 
 
 def _score(part: str, subject: Subject, panel: Panel, folders: Sequence[Drawn]) -> list[Record]:
@@ -298,14 +295,16 @@ def _representations(subject: Subject) -> dict[str, Callable[[], Representation]
     return makers
 
 
-def _classifier(subject: Subject) -> tuple[Classifier, dict[str, Any]]:
-    return train_classifier(
+def _classifier(subject: Subject) -> Classifier:
+    """The judge that the run has, or that is trained now."""
+    network, _ = train_classifier(
         subject.config.classifier,
         train_set=subject.train_set,
         test_set=subject.test_set,
         run=subject.run,
         device=subject.device,
     )
+    return network
 
 
 def _samples(subject: Subject, extractors: Sequence[Extractor]) -> list[Drawn]:
@@ -370,12 +369,12 @@ def _accepted(subject: Subject, plain: Sampling, picker: Picker, there: Path) ->
     return found
 
 
-def _trained(folder: Path, sections: dict[str, GeneratorConfig]) -> dict[str, GeneratorConfig]:
+def _trained(folder: Path, sections: dict[str, GeneratorConfig], device: Device) -> dict[str, GeneratorConfig]:
     """The families that the run has trained."""
     found = {}
     for family, config in sections.items():
         if (folder / family / "model.json").exists():
             found[family] = config
-        else:
+        elif device.is_main:
             print(f"{family} left out: {folder / family} holds no finished generator yet")
     return found

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from engine.images import ImageSet
+from eval.config import EvalConfig
 from eval.extraction import Extracted, Seen
+from eval.features import Extractor
 from eval.panel import Panel
 from eval.pictures import Pictures, draw_indices, drawn
 from eval.reference_files import Reference, check_reference, open_reference
@@ -37,8 +38,13 @@ class Standard:
             pixels = told.get("pixels") or "not stated"
             known = pixels if pixels != "not stated" else told["sha256"]
             return {"reference": known, "num_real": self.gaussians[features].n or None, "reference_file": told}
+        return self.image_facts()
+
+    def image_facts(self) -> dict[str, Any]:
+        """What the protocol of a score that is held against the images says of them."""
         assert self.seen is not None
-        return {"reference": self.seen.pixels, "num_real": self.seen.count}
+        told = {} if self.pictures is None else self.pictures.facts
+        return {"reference": self.seen.pixels, "num_real": self.seen.count, "reference_images": told or None}
 
 
 def see_standard(pictures: Pictures, panel: Panel) -> Standard:
@@ -66,19 +72,20 @@ def open_standard(train_set: ImageSet, test_set: ImageSet, panel: Panel) -> tupl
     there are not enough of them (every process must call it).
 
     Raises:
-        ValueError: no such file, or one that does not fit the networks.
+        ValueError: as `named_reference`.
     """
     num, wish = panel.config.num_samples, panel.config.reference
     if wish == "equal":
         order = draw_indices(np.arange(len(train_set)), 2 * num, seed=0)
         reference, control = (drawn(train_set, part, name="real") for part in (order[:num], order[num:]))
         return see_standard(reference, panel), panel.see(control)
-    whole = wish == "all"
-    standard = (
-        see_standard(training_pictures(train_set), panel) if whole else stated_standard(wish, train_set.size, panel)
-    )
+    if wish == "all":
+        standard = see_standard(training_pictures(train_set), panel)
+    else:
+        standard = stated_standard(named_reference(panel.config, train_set.size, panel.extractors), panel)
     if len(test_set) < num:
-        print(f"scores of real images left out: {num} are needed, the test split has {len(test_set)}")
+        if panel.device.is_main:
+            print(f"scores of real images left out: {num} are needed, the test split has {len(test_set)}")
         return standard, None
     control = drawn(test_set, draw_indices(np.arange(len(test_set)), num, seed=0), name="real")
     return standard, panel.see(control)
@@ -89,18 +96,43 @@ def training_pictures(train_set: ImageSet) -> Pictures:
     return drawn(train_set, draw_indices(np.arange(len(train_set)), 0, seed=0), name="training images")
 
 
-def stated_standard(path: str | Path, size: int | None, panel: Panel) -> Standard:
-    """The standard in a file or folder: images, statistics, or both (every process must call it).
+def named_reference(config: EvalConfig, size: int, extractors: Sequence[Extractor]) -> Reference:
+    """The file or folder that eval.reference names.
 
     Raises:
-        ValueError: nothing that can be read, or statistics of other features than the networks'.
+        ValueError: nothing that can be read there, or nothing that these extractors can be held against.
     """
-    reference = open_reference(path, size=size)
+    reference = open_reference(config.reference, size=size)
+    check_usable(reference, config, extractors)
+    return reference
+
+
+def check_usable(reference: Reference, config: EvalConfig, extractors: Sequence[Extractor]) -> None:
+    """Raise ValueError if generated images cannot be held against a reference: too few images, or statistics, without
+    images, of other features than all of these."""
+    pictures, least = reference.pictures, config.least_images
+    if pictures is None:
+        _fitting(reference, extractors)
+    elif pictures.count < least:
+        raise ValueError(
+            f"reference {pictures.name} has {pictures.count} images, but with eval.convention={config.convention} it"
+            f" takes {least}: give more"
+        )
+
+
+def stated_standard(reference: Reference, panel: Panel) -> Standard:
+    """The standard that a reference is: images, statistics, or both (every process must call it).
+
+    Raises:
+        ValueError: no images, and statistics of other features than the networks'.
+    """
     pictures = reference.pictures and replace(reference.pictures, name="reference")
     held = Standard() if pictures is None else see_standard(pictures, panel)
     if reference.gaussian is None:
         return held
-    fitting = _fitting(reference, panel)
+    fitting = _fitting(reference, panel.extractors)
+    if panel.device.is_main:
+        _tell(reference, fitting, panel)
     return Standard(
         pictures=held.pictures,
         seen=held.seen,
@@ -109,15 +141,24 @@ def stated_standard(path: str | Path, size: int | None, panel: Panel) -> Standar
     )
 
 
-def _fitting(reference: Reference, panel: Panel) -> list[str]:
-    """The networks that a stated Gaussian is of; raises the ValueError of the last one if it is of none."""
+def _tell(reference: Reference, fitting: Sequence[str], panel: Panel) -> None:
+    """Say which networks the statistics of a file do not serve, and what is done instead."""
+    others = [extractor.name for extractor in panel.extractors if extractor.name not in fitting]
+    if others:
+        instead = "no distance of theirs" if reference.pictures is None else "its images serve them"
+        print(f"statistics of {reference.identity['file']} are not of {', '.join(others)}: {instead}")
+
+
+def _fitting(reference: Reference, extractors: Sequence[Extractor]) -> list[str]:
+    """The networks that a stated Gaussian is of; where it is of none and there are no images, raises the ValueError of
+    the last one."""
     found, refusal = [], None
-    for extractor in panel.extractors:
+    for extractor in extractors:
         try:
             check_reference(reference, extractor.identity())
             found.append(extractor.name)
         except ValueError as error:
             refusal = error
-    if refusal is not None and not found:
+    if refusal is not None and not found and reference.pictures is None:
         raise refusal
     return found

@@ -14,7 +14,8 @@ from torch import Tensor
 GROUPS = 10
 REPEATS = 1000  # resamplings of a bootstrap
 CONFIDENCE = 0.95
-Z_975 = 1.95996
+Z_975 = 1.959963984540054
+NOT_FINITE = "features that are not finite numbers cannot be scored: check the weights of the network that gave them"
 BLOCK = 1 << 22  # numbers held at once by what works in blocks: 32 MB of float64
 
 
@@ -69,11 +70,19 @@ class Moments:
         """Mean and covariance (denominator n - 1, as numpy.cov).
 
         Raises:
-            ValueError: fewer than two vectors.
+            ValueError: fewer than two vectors, or one that is not finite.
         """
         if self.n < 2:
             raise ValueError(f"a covariance needs at least 2 images, got {self.n}")
+        if not self.scatter.diagonal().isfinite().all():
+            raise ValueError(NOT_FINITE)
         return Gaussian(self.mean, self.scatter / (self.n - 1), self.n)
+
+
+def require_finite(features: Tensor) -> None:
+    """Raise ValueError if a feature [N, D] is not finite; no comparison with it is true, so a share would hide it."""
+    if not features.isfinite().all():
+        raise ValueError(NOT_FINITE)
 
 
 def group_of_rows(n: int, groups: int = GROUPS, seed: int = 0) -> Tensor:
@@ -169,7 +178,13 @@ def bootstrap(statistic: Callable[[Tensor], Tensor], n: int, *, repeats: int = R
 
 
 def mean_of(values: Tensor) -> Estimate:
-    """Mean of independent values [N] with its normal interval."""
+    """Mean of independent values [N] with its normal interval; none for one value.
+
+    Raises:
+        ValueError: no value.
+    """
+    if not len(values):
+        raise ValueError("a mean needs at least 1 image, got 0")
     x = values.double()
     mean = float(x.mean())
     if len(x) < 2:
@@ -179,7 +194,11 @@ def mean_of(values: Tensor) -> Estimate:
 
 
 def proportion(hits: int, n: int) -> Estimate:
-    """Share of hits with Wilson's score interval (Wilson 1927)."""
+    """Share of hits with Wilson's score interval (Wilson 1927).
+
+    Raises:
+        ValueError: no image.
+    """
     if n < 1:
         raise ValueError("a share needs at least 1 image, got 0")
     p, z = hits / n, Z_975

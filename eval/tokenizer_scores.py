@@ -35,7 +35,10 @@ def score_tokenizer(tokenizer: Tokenizer, test_set: ImageSet, panel: Panel, *, w
         ValueError: eval.lpips names a network whose trunk weights are missing, or for which the images are too small.
     """
     config, device = panel.config, panel.device
-    nets = {f"lpips_{net}": load_lpips(net, device.device) for net in lpips_nets(config.lpips, test_set.size)}
+    nets = {
+        f"lpips_{net}": load_lpips(net, device.device)
+        for net in lpips_nets(config.lpips, test_set.size, tell=device.is_main)
+    }
     indices = draw_indices(np.arange(len(test_set)), config.num_reconstructions, seed=0)
     originals = drawn(test_set, indices, name="originals")
     pairs = Pairs(tokenizer, nets, originals, device)
@@ -56,9 +59,9 @@ def score_tokenizer(tokenizer: Tokenizer, test_set: ImageSet, panel: Panel, *, w
     return records + reconstruction_distances(made, standard, panel.extractors, facts=facts)
 
 
-def lpips_nets(wish: str, image_size: int | None = None) -> list[str]:
+def lpips_nets(wish: str, image_size: int | None = None, *, tell: bool = True) -> list[str]:
     """Which LPIPS networks to measure with; `auto` takes those whose weights are there and that can judge the images,
-    and says so of the others.
+    and, if it is to `tell`, says so of the others.
 
     Raises:
         ValueError: it names a network that cannot judge images of so many pixels along each side.
@@ -70,10 +73,10 @@ def lpips_nets(wish: str, image_size: int | None = None) -> list[str]:
             check_size(wish, image_size, setting="eval.lpips=", remedy="set eval.lpips=none")
         return [wish]
     there = [net for net in TRUNKS if lpips_trunk(net).is_file()]
-    if not there:
+    if not there and tell:
         print(f"lpips left out: no trunk weights in {lpips_trunk('vgg').parent} ({', '.join(TRUNKS.values())})")
     small = [net for net in there if image_size is not None and image_size < LEAST_SIDE[net]]
-    if small:
+    if small and tell:
         told = ", ".join(f"{net} ({LEAST_SIDE[net]})" for net in small)
         print(f"lpips left out: images of {image_size} pixels are too small for {told}")
     return [net for net in there if net not in small]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import BinaryIO, NamedTuple
 
 HEADER_BYTES, NAME_LENGTH, EXTRA_LENGTH = 30, slice(26, 28), slice(28, 30)
 DEFLATE_WITHOUT_HEADER = -15
+DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, UnicodeDecodeError)
+"""What Python's zipfile raises on broken files."""
 
 
 class Member(NamedTuple):
@@ -36,10 +39,13 @@ def list_members(path: Path) -> list[Member]:
     """The files of a zip in the order of its directory.
 
     Raises:
-        ValueError: not a whole zip, or a member is encrypted or packed otherwise than stored or deflated.
+        ValueError: not a whole zip, or a member is encrypted, packed otherwise than stored or deflated, or there twice.
     """
     with opened(path) as archive:
         infos = [info for info in archive.infolist() if not info.is_dir()]
+    twice = next((name for name, times in Counter(info.filename for info in infos).items() if times > 1), None)
+    if twice is not None:
+        raise ValueError(f"{path} member {twice}: there several times, and it is unclear which counts; zip it anew")
     for info in infos:
         if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(f"{path} member {info.filename}: encrypted or packed by a rare method; zip it plainly")
@@ -55,7 +61,7 @@ def opened(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
+    except DAMAGE as error:
         raise ValueError(f"{path}: not a whole zip file ({error}); fetch or write it again") from error
 
 
@@ -90,10 +96,11 @@ def data_offset(path: Path, member: Member) -> int:
 
 
 def _start(stream: BinaryIO, path: Path, member: Member) -> int:
-    stream.seek(member.header)
+    stream.seek(max(member.header, 0))
     header = stream.read(HEADER_BYTES)
     lengths = (int.from_bytes(header[part], "little") for part in (NAME_LENGTH, EXTRA_LENGTH))
     start = member.header + HEADER_BYTES + sum(lengths)
-    if header[:4] != b"PK\x03\x04" or start + member.stored > os.fstat(stream.fileno()).st_size:
+    beyond = member.header < 0 or start + member.stored > os.fstat(stream.fileno()).st_size
+    if beyond or header[:4] != b"PK\x03\x04":
         raise ValueError(f"{path} member {member.name}: not where the zip says; fetch or write the zip again")
     return start

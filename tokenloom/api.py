@@ -128,6 +128,7 @@ def score_images(
     features: Sequence[str] = ("inception",),
     size: int | None = None,
     num: int = 0,
+    out: str | Path | None = None,
     device: Device | None = None,
     **settings: Any,
 ) -> list[dict[str, Any]]:
@@ -139,6 +140,7 @@ def score_images(
         features: entries of eval.features.
         size: crop all images to so many pixels; without it they must all have one size.
         num: score so many of them, drawn at random; 0 takes all.
+        out: a .json to write them to; the sheet of nearest neighbours lies beside it.
         settings: other keys of the section `eval`.
 
     Raises:
@@ -148,4 +150,7 @@ def score_images(
     from eval.outside import OutsideConfig, judge_files
 
     config = OutsideConfig(eval=EvalConfig(features=tuple(features), **settings))
-    return judge_files(generated, reference, config=config, device=device or setup(config.run), size=size, num=num)
+    return judge_files(
+        generated, reference, config=config, device=device or setup(config.run), size=size, num=num,
+        out=None if out is None else Path(out),
+    )  # fmt: skip

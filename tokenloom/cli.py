@@ -153,6 +153,8 @@ def _sample(experiment: Experiment, device: Device, own: argparse.Namespace) -> 
     sections = list(experiment.generators(own.only))
     if own.stream and any(family != "autoregressive" for family, _ in sections):
         raise ValueError("--stream shows samples that grow code by code: add --only autoregressive")
+    if own.npz and Path(own.npz).suffix != ".npz":
+        raise ValueError(f"--npz {own.npz}: the file must end in .npz; rename it")
     picker = _picker(experiment, device, own) if own.acceptance is not None else None
     for family, config in sections:
         out = _sample_folder(experiment, family, own)
@@ -169,8 +171,8 @@ def _sample(experiment: Experiment, device: Device, own: argparse.Namespace) -> 
 
 def _save_npz(samples: Path, path: Path, family: str) -> None:
     """Samples as one array; with several families each has a file, with the family behind its name."""
-    from eval.image_files import open_pictures
     from eval.array_files import save_adm
+    from eval.image_files import open_pictures
 
     file = path.with_name(f"{path.stem}-{family}.npz") if family else path
     pictures = open_pictures(samples)
@@ -227,10 +229,14 @@ def _eval(experiment: Experiment, device: Device, own: argparse.Namespace) -> No
 def _eval_either(words: Sequence[str]) -> None:
     """Scores of the run of a configuration, or of any images."""
     outside = {"--generated", "--reference"} & {word.partition("=")[0] for word in words}
+    if not outside and {"--help", "-h"} & set(words):
+        print("Scores of any images:\n")
+        _outside_parser().print_help()
+        print("\nScores of a run:\n")
     (_eval_outside if outside else EVAL)(words)
 
 
-def _eval_outside(words: Sequence[str]) -> None:
+def _outside_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tokenloom eval", add_help=False, allow_abbrev=False)
     parser.add_argument("--generated", help="run, folder or zip of images, .npz or .npy array, or parquet file")
     parser.add_argument("--reference", help="the same of real images, or an .npz with mu and sigma")
@@ -238,22 +244,30 @@ def _eval_outside(words: Sequence[str]) -> None:
         "--size", type=int, help="crop all images to so many pixels; without it they must have one size"
     )
     parser.add_argument("--num", "--count", type=int, default=0, help="score so many, drawn at random (default: all)")
-    parser.add_argument("--out", help="where scores go (default: <name>-scores.json in the working folder)")
+    parser.add_argument("--out", help="the .json of the scores (default: <name>-scores.json in the working folder)")
     parser.add_argument("--statistics", help="also write mean and covariance of the reference to this .npz")
+    return parser
+
+
+def _eval_outside(words: Sequence[str]) -> None:
+    parser = _outside_parser()
     own, rest = parser.parse_known_args(list(words))
-    if {"--help", "-h"} & set(words):
+    asks_help = {"--help", "-h"} & set(words)
+    if asks_help:
         parser.print_help()
         print()
-    if own.reference is None or (own.generated is None and own.statistics is None):
+    elif own.reference is None or (own.generated is None and own.statistics is None):
         raise ValueError(
-            "give --generated A --reference B to score images, or --reference B --statistics FILE.npz to measure real ones"
+            "give --generated A --reference B to score images, or --reference B --statistics FILE.npz to measure real"
+            " ones"
         )
     from engine.config import load
     from engine.device import setup
     from eval.outside import OutsideConfig, judge_files
+    from eval.outside_inputs import subject_of
 
     config = load(OutsideConfig, rest, program="tokenloom eval")
-    out = None if own.generated is None else Path(own.out or f"{Path(own.generated).name.split('.')[0]}-scores.json")
+    out = None if own.generated is None else Path(own.out or f"{subject_of(Path(own.generated))}-scores.json")
     statistics = Path(own.statistics) if own.statistics else None
     judge_files(
         own.generated, own.reference, config=config, device=setup(config.run), size=own.size, num=own.num, out=out,

@@ -1,6 +1,7 @@
 """Models side by side: like scores pass, unlike ones are refused by name, or marked."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,33 @@ def test_unlike_scores_are_refused_by_name(tmp_path: Path) -> None:
     assert "fid, kid of c/diffusion unlike a/diffusion: features.resize tf1 | clean" in told
     assert "psnr" not in told and "real" not in told
     assert not compare(paths, only=["psnr", "probe_top1"]).unlike
+
+
+def test_real_images_are_marked_and_stop_nothing(tmp_path: Path) -> None:
+    """Held against a part of themselves, where the model is held against all of them."""
+    records = [entry("fid5k", "real", 1.5, num_real=4000, reference="aa"), entry("fid5k", "made", 3.0, num_real=5000)]
+    found = compare([write(tmp_path / "a.json", records)])
+    assert set(found.unlike) == {("real", "fid")}
+    text = comparison_text(found, 200)
+    assert "[1] unlike made: num_real 5000 | 4000; reference ef | aa" in text
+    assert [line.endswith("[1]") for line in text.splitlines() if line.startswith(("real", "made"))] == [True, False]
+    refused = [*records, entry("fid5k", "other", 2.0, num_real=4000)]
+    with pytest.raises(ValueError, match="fid of other unlike made: num_real 5000") as refusal:
+        compare([write(tmp_path / "a.json", refused)])
+    assert "real unlike" not in str(refusal.value)
+
+
+def test_json_has_no_number_that_is_not_finite(tmp_path: Path) -> None:
+    odd = entry("fid5k", "a", math.nan, settings={"limit": math.inf}, subject={"guidance": math.inf})
+    paths = [write(tmp_path / "a.json", [odd]), write(tmp_path / "b.json", [entry("fid5k", "a", 1.0)])]
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    (told,) = json.loads(comparison_json(compare(paths, force=True)), parse_constant=refuse)["tables"]
+    cell = told["rows"][0]["scores"]["fid"]
+    assert (cell["value"], cell["interval"]) == (None, [None, None])
+    assert "nan" in comparison_text(compare(paths, force=True), 200)
 
 
 def test_force_marks_what_is_unlike(tmp_path: Path) -> None:

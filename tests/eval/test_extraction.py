@@ -58,8 +58,9 @@ def test_every_image_is_seen_once_and_in_order(tmp_path: Path, device: Device) -
     expected = pixels().flatten(1).sum(1, keepdim=True).float()
     assert torch.equal(found.rows(), expected)
     assert torch.equal(torch.cat(list(found.parts())), expected)
-    assert torch.equal(found.rows(stop=CHUNK + 3), expected[: CHUNK + 3])
-    assert torch.equal(found.rows(stop=5), expected[:5])
+    some = found.at([CHUNK + 3, 5, 7])
+    assert torch.equal(some.rows(), expected[[5, 7, CHUNK + 3]])
+    assert torch.equal(some.at([2, 0]).rows(), expected[[5, CHUNK + 3]])
     assert found.has("logits") and not found.has("other")
 
 

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -88,6 +90,46 @@ def test_flat_and_sharded_folders_have_no_classes(tmp_path):
         pictures = open_pictures(make_folder(tmp_path / str(number), contents(names)))
         assert torch.equal(all_of(pictures), EXPECTED)
         assert pictures.labels is None and pictures.class_names == ()
+
+
+def test_a_link_that_leads_back_has_no_end(tmp_path):
+    folder = make_folder(tmp_path / "set", contents(CLASSES))
+    (folder / "fox").symlink_to(folder / "emu")
+    assert open_pictures(folder).count == 7  # a link elsewhere is a folder as any other
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "back").symlink_to(folder)
+    for link, target in (("dog/up", folder), ("dog/far", elsewhere)):
+        (folder / link).symlink_to(target)
+        with pytest.raises(ValueError, match=f"{link}.*: a link back to a folder around it; remove it"):
+            open_pictures(folder)
+        (folder / link).unlink()
+
+
+def test_a_folder_that_cannot_be_read_is_no_gap(tmp_path, monkeypatch):
+    folder, scan = make_folder(tmp_path / "set", contents(CLASSES)), os.scandir
+
+    def refuse(path):
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match=r"dog: a folder that cannot be read \(Permission denied\)"):
+        open_pictures(folder)
+
+
+def test_names_in_a_zip_that_other_tools_write(tmp_path):
+    files = contents(CLASSES)
+    for number, odd in enumerate((lambda name: f"./{name}", lambda name: name.replace("/", "\\"))):
+        path = make_zip(tmp_path / f"{number}.zip", {odd(name): data for name, data in files.items()})
+        pictures = open_pictures(path)
+        assert torch.equal(all_of(pictures), EXPECTED) and pictures.class_names == ("cat", "dog", "emu")
+    with warnings.catch_warnings(), zipfile.ZipFile(tmp_path / "0.zip", "a") as archive:
+        warnings.simplefilter("ignore")
+        archive.writestr("./cat/b.png", files["dog/0.png"])
+    with pytest.raises(ValueError, match=r"0\.zip member \./cat/b\.png: there several times"):
+        open_pictures(tmp_path / "0.zip")
 
 
 def test_a_zip_is_read_by_many_threads(tmp_path):
@@ -177,6 +219,8 @@ def test_edm_labels(tmp_path, zipped):
         open_pictures(made({"labels": [[name, 0] for name in EDM[:5]]}))
     with pytest.raises(ValueError, match=r"dataset\.json: label \[0\.5\] is no integer"):
         open_pictures(made({"labels": [[name, [0.5]] for name in EDM]}))
+    with pytest.raises(ValueError, match=r"dataset\.json: label 1000000000000000000000 is no integer of 64 bits"):
+        open_pictures(made({"labels": [[name, 10**21] for name in EDM]}))
     with pytest.raises(ValueError, match=r"dataset\.json: labels must be a list"):
         open_pictures(made({"labels": {"a": 1}}))
 

@@ -6,6 +6,7 @@ import torch
 
 from engine.config import RunConfig
 from engine.device import setup
+from eval import judge
 from eval.classifier import Classifier
 from eval.config import EvalConfig
 from eval.features import Extractor, open_features
@@ -54,15 +55,35 @@ def test_samples_have_every_score_of_two_sets_with_its_settings(scored: Callable
         assert entry["protocol"]["num_real"] == entry["protocol"]["num_generated"] == entry["n"] == 60
 
 
-def test_another_convention_is_another_protocol(scored: Callable[..., dict[str, dict]]) -> None:
+def test_another_convention_is_another_protocol(
+    scored: Callable[..., dict[str, dict]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge, "SUBSETS", 20)  # they take seconds
     ours, theirs = scored(1100), scored(1100, num_samples=1100, convention="torch_fidelity")
     assert theirs["fd_random"]["protocol"]["settings"] == {"root": "eigenvalues"}
-    assert theirs["kid"]["protocol"]["settings"]["pairs"] == {"subsets": 100, "size": 1000, "seed": 2020}
+    assert theirs["kid"]["protocol"]["settings"]["pairs"] == {"subsets": 20, "size": 1000, "seed": 2020}
     assert ours["fd_random"]["value"] == pytest.approx(theirs["fd_random"]["value"], rel=1e-6)  # n > D: both are right
     assert ours["kid"]["value"] == pytest.approx(
         theirs["kid"]["value"], abs=3 * (ours["kid"]["interval"][1] - ours["kid"]["value"])
     )
     assert ours["kid"]["protocol"]["hash"] != theirs["kid"]["protocol"]["hash"]
+
+
+def test_of_many_images_those_compared_by_pairs_are_drawn_at_random(
+    scored: Callable[..., dict[str, dict]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "draw_seed" not in scored(60)["kid"]["protocol"]["settings"]
+    seen: list[torch.Tensor] = []
+    kernel = judge.kernel_distance
+    monkeypatch.setattr(judge, "kernel_distance", lambda x, y: seen.append(x) or kernel(x, y))
+    whole = scored(60)
+    monkeypatch.setattr(judge, "PAIRWISE_IMAGES", 40)
+    part = scored(60)
+    stated = part["kid"]["protocol"]
+    assert (stated["num_real"], stated["num_generated"], stated["settings"]["draw_seed"]) == (40, 40, 0)
+    rows = [int((seen[0] == row).all(1).nonzero()) for row in seen[1]]
+    assert len(set(rows)) == 40 and max(rows) >= 50  # sets are often sorted by class: the first are no sample of them
+    assert part["fd_random"]["value"] == whole["fd_random"]["value"]  # of all images
 
 
 def test_statistics_without_images_give_distances_alone(tmp_path: Path) -> None:

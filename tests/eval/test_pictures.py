@@ -31,6 +31,8 @@ def test_images_of_a_split_come_in_the_order_asked_with_their_labels() -> None:
     assert torch.equal(found.load(0, 3), digits.load(rows)["images"])
     assert torch.equal(found.load(1, 2), digits.load(rows[1:2])["images"])
     assert found.labels is not None and found.labels.tolist() == digits.labels[rows].tolist()
+    assert found.facts == {**digits.identity(), "drawn": 3}
+    assert drawn(digits, np.arange(len(digits)), name="all").facts == digits.identity()
 
 
 def test_png_files_come_back_as_they_were_written(tmp_path: Path) -> None:

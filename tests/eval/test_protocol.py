@@ -31,6 +31,12 @@ def test_what_is_scored_may_differ_how_it_is_scored_may_not() -> None:
     assert comparable(a, other) == ["features.resize", "reference"]
 
 
+def test_the_crop_of_real_images_is_told_by_their_pixels() -> None:
+    """Samples in a folder are as stored, those of a run stand beside cropped real images; they may be the same."""
+    assert comparable(stated(crop="adm_center"), stated(crop="as stored")) == []
+    assert stated(crop="adm_center")["hash"] == stated(crop="as stored")["hash"] == stated()["hash"]
+
+
 def test_hash_is_equal_just_when_scores_are_alike() -> None:
     assert stated()["hash"] == stated(subject={"seeds": [0, 1]})["hash"] == protocol_hash(stated())
     assert stated()["hash"] != stated(size=64)["hash"]
@@ -124,6 +130,10 @@ def test_a_linked_work_tree_tells_its_commit(tmp_path) -> None:
 def test_broken_files_are_named(tmp_path) -> None:
     with pytest.raises(ValueError, match="no such file"):
         read_scores(tmp_path / "absent.json")
-    (tmp_path / "broken.json").write_text('{"a": 1')
-    with pytest.raises(ValueError, match="delete it and score again"):
-        read_scores(tmp_path / "broken.json")
+    whole = record("psnr", "tokenizer", 20.0, n=9, protocol=stated())
+    broken = ['{"a": 1', "7", "[7]", '["psnr"]', "\xff", json.dumps(whole), json.dumps([{"name": "psnr"}])]
+    broken += [json.dumps([{**whole, key: None}]) for key in ("name", "subject", "value", "protocol")]
+    for text in broken:
+        (tmp_path / "broken.json").write_text(text, encoding="latin-1")
+        with pytest.raises(ValueError, match=r"broken\.json: not a list of .*; delete it and score again"):
+            read_scores(tmp_path / "broken.json")

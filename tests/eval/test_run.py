@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -267,6 +268,37 @@ def test_all_training_images_or_a_file_may_be_the_reference(run: RunConfig, tmp_
     for subject in ("autoregressive", "real"):
         assert filed[subject, "fd_random"]["value"] == pytest.approx(whole[subject, "fd_random"]["value"], rel=1e-9)
         assert filed[subject, "fd_random"]["protocol"]["hash"] == whole[subject, "fd_random"]["protocol"]["hash"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reference": "other.npz"}, r"other\.npz does not say by which features"),
+        ({"reference": "absent.npz"}, r"absent\.npz: no such file"),
+        ({"reference": "few.npz"}, r"few\.npz has 19 images, .* it takes 20"),
+        ({"convention": "torch_fidelity"}, r"eval\.num_samples=24: too few for eval\.convention=torch_fidelity"),
+        ({"lpips": "vgg"}, r"eval\.lpips=vgg"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_before_training_and_before_sampling(
+    run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez("other.npz", mu=np.zeros(8), sigma=np.eye(8))
+    np.savez("few.npz", arr_0=np.zeros((19, 16, 16, 3), np.uint8))
+    config = dataclasses.replace(EVAL, features=("random",), **changes)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=message):
+        check(data=DataConfig(size=16), eval=config, device=setup(run))
+    with pytest.raises(ValueError, match=message):
+        scores(run, None, config)
+    assert not (run.folder / "samples").exists()
+
+
+def test_statistics_may_be_of_a_classifier_that_is_not_trained_yet(run: RunConfig, tmp_path: Path) -> None:
+    stated = {"mu": np.zeros(64), "sigma": np.eye(64), "n": 99, "features": np.array('{"name": "classifier"}')}
+    np.savez(tmp_path / "stated.npz", **stated, pixels=np.array("0"))
+    config = dataclasses.replace(EVAL, reference=str(tmp_path / "stated.npz"))
+    check(data=DataConfig(size=16), eval=config, device=setup(run))
 
 
 def test_the_sheet_of_nearest_training_images_is_left_with_the_scores(run: RunConfig) -> None:

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from eval.statistics import (
@@ -77,9 +78,12 @@ def test_parts_must_hold_as_many_images_as_was_said(promised: int) -> None:
         grouped_moments(features(40).split(10), promised)
 
 
-def test_one_vector_has_no_covariance() -> None:
+def test_one_vector_has_no_covariance_and_no_value_no_mean() -> None:
     with pytest.raises(ValueError, match="at least 2 images, got 1"):
         Moments.of(features(1)).gaussian()
+    with pytest.raises(ValueError, match="at least 1 image, got 0"):
+        mean_of(torch.zeros(0))
+    assert mean_of(torch.ones(1)) == (1.0, None)
 
 
 def test_jackknife_of_a_mean_is_its_standard_error() -> None:
@@ -132,9 +136,9 @@ def coverage(intervals: list[tuple[float, float] | None], truth: float) -> float
 
 
 def test_wilsons_interval() -> None:
-    value, interval = proportion(8, 10)
-    assert value == 0.8
-    assert interval == pytest.approx((0.4902, 0.9433), abs=1e-3)  # Newcombe 1998, method 3, recomputed
-    assert proportion(10, 10).interval == pytest.approx((0.7225, 1.0), abs=1e-3)
+    assert proportion(8, 10).value == 0.8
+    for hits, n in ((8, 10), (0, 7), (10, 10), (812, 1000)):
+        expected = scipy.stats.binomtest(hits, n).proportion_ci(method="wilson")
+        assert proportion(hits, n).interval == pytest.approx((expected.low, expected.high), abs=1e-12)
     with pytest.raises(ValueError, match="at least 1 image"):
         proportion(0, 0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from eval.distances import frechet, inception_score, kernel_distance_subsets
-from eval.manifold import precision_recall
+from eval.manifold import manifold_scores
 from eval.statistics import Moments
 
 
@@ -64,7 +64,7 @@ def test_precision_and_recall(n: int) -> None:
     theirs = pytest.importorskip("torch_fidelity.metric_prc")
     x, y = features(n, 8, 0, shift=0.1), features(500, 8, 1)
     expected = theirs.prc_features_to_metric(x, y, verbose=False)
-    precision, recall = precision_recall(x, y)
-    assert 0.1 < precision.value < 1
-    assert precision.value == pytest.approx(expected["precision"], abs=1e-4)
-    assert recall.value == pytest.approx(expected["recall"], abs=1e-4)
+    scores = manifold_scores(x, y)
+    assert 0.1 < scores["precision"].value < 1
+    assert scores["precision"].value == pytest.approx(expected["precision"], abs=1e-4)
+    assert scores["recall"].value == pytest.approx(expected["recall"], abs=1e-4)

@@ -4,12 +4,14 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import tokenloom
 from engine.checkpoint import load_model
 from engine.snapshots import write_snapshot
+from eval.protocol import read_scores
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))
 from untrained import make_run
@@ -26,6 +28,17 @@ def test_images_can_be_streamed(tmp_path: Path) -> None:
     shutil.rmtree(folder / "autoregressive")
     with pytest.raises(ValueError, match="holds no autoregressive generator, whose samples alone grow code by code"):
         tokenloom.stream(folder, seeds=[0])
+
+
+def test_images_of_any_maker_are_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # features are kept in the working folder's runs
+    random = np.random.default_rng(0)
+    for name in ("made", "real"):
+        np.savez(f"{name}.npz", arr_0=random.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8))
+    settings = {"features": ["random"], "num": 20, "neighbours": 1, "out": "scores.json"}
+    found = tokenloom.score_images("made.npz", "real.npz", **settings)
+    assert {entry["subject"] for entry in found} == {"made", "real"} and {entry["n"] for entry in found} == {20}
+    assert read_scores(Path("scores.json")) == found and Path("scores-neighbours-made.png").is_file()
 
 
 def test_a_snapshot_of_the_training_is_asked_for_by_its_step(tmp_path: Path) -> None:

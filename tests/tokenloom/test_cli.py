@@ -36,6 +36,14 @@ def test_a_commands_help_lists_its_options_and_every_key(capsys: pytest.CaptureF
         assert word in told
 
 
+@pytest.mark.parametrize("words", [["eval", "--help"], ["eval", "--generated=a", "--help"]])
+def test_the_help_of_eval_tells_how_any_images_are_scored(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(words)
+    told = capsys.readouterr().out
+    assert error.value.code == 0 and "--reference" in told and "--eval.convention" in told
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -48,6 +56,12 @@ def test_a_commands_help_lists_its_options_and_every_key(capsys: pytest.CaptureF
         (["generator", "--config", SMOKE, "--diffusion=null", "--only", "diffusion"], "has autoregressive"),
         (["sample", "--config", SMOKE, "--only", "gan"], "invalid choice: 'gan'"),
         (["sample", "--config", SMOKE, "--stream"], "add --only autoregressive"),
+        (["sample", "--config", SMOKE, "--npz", "all.zip"], "--npz all.zip: the file must end in .npz"),
+        (["eval", "--generated", "nowhere"], "give --generated A --reference B to score images"),
+        (["eval", "--generated=nowhere", "--reference=nowhere", "--eval.features=[random]"], "nowhere: no such file"),
+        (["eval", "--reference=a", "--statistics=b.npz", "--eval.fetures=[random]"], "did you mean 'eval.features'"),
+        (["run", "--config", SMOKE, "--eval.features=[random,random]"], "names a judge twice"),
+        (["run", "--config", SMOKE, "--eval.convention=torch_fidelity"], "too few for eval.convention=torch_fidelity"),
         (["sample", "--config", SMOKE, "--acceptance", "1.5"], "--acceptance=1.5 must lie between 0 and 1"),
         (["run", "--config", SMOKE, "--eval.rejection.acceptances=[0]"], "acceptances=0.0 must lie between 0 and 1"),
         (["run", "--config", SMOKE, "--data.source=folder", "--data.path=nowhere"], "nowhere"),
@@ -106,6 +120,21 @@ def test_samples_can_be_watched_and_are_the_same(
     plain, watched = (tmp_path / name / "autoregressive" for name in ("plain", "watched"))
     assert all((plain / f"{row:06d}.png").read_bytes() == (watched / f"{row:06d}.png").read_bytes() for row in range(4))
     assert [each.name for each in watched.parent.iterdir()] == ["autoregressive"]
+
+
+def test_samples_as_one_array_are_scored_and_compared(
+    run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for seed in ("0", "1"):
+        main(["sample", *run, "--only=diffusion", "--num=20", "--seed", seed, "--npz", f"model.v{seed}.npz"])
+    words = ["--reference=model.v0.npz", "--eval.features=[random]", "--run.device=cpu", f"--run.root={tmp_path}"]
+    for seed in ("0", "1"):
+        main(["eval", f"--generated=model.v{seed}.npz", *words])
+        assert f"scores: model.v{seed}-scores.json; set them beside others" in capsys.readouterr().out
+    main(["compare", "model.v0-scores.json", "model.v1-scores.json", "--only=fd_random"])
+    told = capsys.readouterr().out
+    assert "model.v0" in told and "model.v1" in told
 
 
 def test_a_stage_before_its_time_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -245,7 +245,7 @@ def test_another_guide_makes_other_scores(taken: Path, tmp_path: Path, capsys: p
     shutil.copytree(taken, tmp_path / "smoke")
     (card, weights), weak = load_model(taken / "diffusion"), tmp_path / "weak"
     words = (f"--run.root={tmp_path}", f"--diffusion.sample.guide={weak}", "--eval.variants={}")
-    words += ("--eval.probe.families=[pixels]", "--eval.num_samples=20")
+    words += ("--eval.probe.taps=[pixels]", "--eval.num_samples=20")
     for factor in (0.5, 0.25):
         save_model(weak, {name: factor * value for name, value in weights.items()}, card)
         command(taken, "run", *words)
