@@ -59,7 +59,7 @@ class Extracted:
     def parts(self, key: str = "features") -> Iterator[Tensor]:
         """One output, float32 [n, ...] chunk by chunk, in the order of the images."""
         for number, path in enumerate(self.files):
-            part = _read(path)[key]
+            part = _tensor(path, key)
             if self.chosen is None:
                 yield part
                 continue
@@ -210,6 +210,11 @@ def _write(path: Path, outputs: dict[str, Tensor]) -> None:
             f"features not written to {path.parent}: {error}. Free some space (this folder may be deleted at any time)"
             " or name another with --eval.cache=FOLDER, and run the same command again"
         ) from error
+
+
+def _tensor(path: Path, key: str) -> Tensor:
+    with safe_open(path, "pt") as stored:
+        return stored.get_tensor(key)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -48,12 +48,18 @@ class Pictures:
 
 
 def drawn(images: ImageSet, indices: np.ndarray, *, name: str, workers: int = 2) -> Pictures:
-    """The images of a split at `indices` [N], centre crop, in this order."""
+    """The images of a split at `indices` [N], centre crop, in this order.
+
+    An unreadable image gives way to the next one, as in `ImageSet.load`; its label does so when it is loaded.
+    """
+    labels = torch.from_numpy(images.labels[indices]) if (images.labels >= 0).any() else None
 
     def load(start: int, stop: int) -> Tensor:
-        return images.load(indices[start:stop])["images"]
+        batch = images.load(indices[start:stop])
+        if labels is not None:
+            labels[start:stop] = batch["labels"]
+        return batch["images"]
 
-    labels = torch.from_numpy(images.labels[indices]) if (images.labels >= 0).any() else None
     some = {"drawn": len(indices)} if len(indices) < len(images) else {}
     return Pictures(
         name=name, count=len(indices), load=load, labels=labels, class_names=images.class_names,

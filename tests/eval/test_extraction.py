@@ -1,8 +1,6 @@
 """Features are extracted once, kept whole, and do not depend on how the work was divided."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,10 @@ from eval import extraction
 from eval.extraction import CHUNK, extract, folder_of
 from eval.features import open_features
 from eval.pictures import Pictures
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import forked
 
 COUNT = CHUNK + 90
 
@@ -151,49 +153,32 @@ def test_a_name_with_odd_letters_makes_a_folder(tmp_path: Path) -> None:
     assert folder_of(tmp_path, network).parent == tmp_path
 
 
-PROGRAM = """
-import json, sys
-from pathlib import Path
-import torch
-from engine.config import RunConfig
-from engine.device import setup
-from eval.extraction import extract
-from eval.features import open_features
-from eval.pictures import Pictures
+def share(folder: Path) -> None:
+    """One process's part in looking at 1,100 images, and what it has then."""
+    loaded: list[list[int]] = []
 
-images = torch.randint(0, 256, (1100, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-loaded = []
+    def load(start: int, stop: int) -> torch.Tensor:
+        loaded.append([start, stop])
+        return pixels(1100)[start:stop]
 
-def load(start, stop):
-    loaded.append([start, stop])
-    return images[start:stop]
-
-device = setup(RunConfig(device="cpu", threads=1))
-network = open_features("random")
-seen = extract([network], Pictures(name="n", count=1100, load=load), cache=Path(sys.argv[1]) / "cache", device=device)
-rows = seen.outputs["random"].rows()
-told = {"pixels": seen.pixels, "sum": rows.double().sum().item(), "rows": len(rows), "loaded": loaded}
-(Path(sys.argv[1]) / f"{device.rank}.json").write_text(json.dumps(told))
-"""
+    device = setup(RunConfig(device="cpu", threads=1))
+    noise = Pictures(name="noise", count=1100, load=load)
+    seen = extract([open_features("random")], noise, cache=folder / "cache", device=device)
+    rows = seen.outputs["random"].rows()
+    told = {"pixels": seen.pixels, "sum": rows.double().sum().item(), "rows": len(rows), "loaded": loaded}
+    (folder / f"{device.rank}.json").write_text(json.dumps(told))
 
 
 @pytest.mark.slow
 def test_two_processes_share_the_work_and_agree_with_one(tmp_path: Path) -> None:
-    (tmp_path / "program.py").write_text(PROGRAM)
-    for name, count in (("one", 1), ("two", 2)):
+    found = []
+    for name, run in (("one", forked.run), ("two", forked.run_two)):
         (tmp_path / name).mkdir()
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if count > 1 else []
-        command = [sys.executable, *launcher, str(tmp_path / "program.py"), str(tmp_path / name)]
-        root = Path(__file__).parents[2]
-        subprocess.run(
-            command, check=True, timeout=120, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True
-        )
-    (alone,) = [json.loads(path.read_text()) for path in (tmp_path / "one").glob("*.json")]
-    both = [json.loads(path.read_text()) for path in (tmp_path / "two").glob("*.json")]
+        run("test_extraction:share", tmp_path / name, told=tmp_path / "told")
+        found.append([json.loads(path.read_text()) for path in sorted((tmp_path / name).glob("*.json"))])
+    [alone], both = found
     assert len(both) == 2
     for told in both:
-        assert {key: told[key] for key in ("pixels", "sum", "rows")} == {
-            key: alone[key] for key in ("pixels", "sum", "rows")
-        }
+        assert all(told[key] == alone[key] for key in ("pixels", "sum", "rows"))
     assert sorted(both[0]["loaded"] + both[1]["loaded"]) == alone["loaded"]  # no image twice
     assert both[0]["loaded"] and both[1]["loaded"]

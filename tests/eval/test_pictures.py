@@ -35,6 +35,18 @@ def test_images_of_a_split_come_in_the_order_asked_with_their_labels() -> None:
     assert drawn(digits, np.arange(len(digits)), name="all").facts == digits.identity()
 
 
+def test_a_label_goes_with_the_image_that_stands_in_for_an_unreadable_one(tmp_path: Path) -> None:
+    for index, (folder, image) in enumerate(zip("abbb", images(4), strict=True)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / folder / f"{index}.png")
+    (tmp_path / "a" / "0.png").write_bytes(b"no image")
+    data = DataConfig(source="folder", path=str(tmp_path), test_path=str(tmp_path), size=16)
+    found = drawn(open_images(data, "train"), np.array([0, 2]), name="two")
+    with pytest.warns(UserWarning, match="left out unreadable image"):
+        found.load(0, 2)
+    assert found.labels is not None and found.labels.tolist() == [1, 1]
+
+
 def test_png_files_come_back_as_they_were_written(tmp_path: Path) -> None:
     for index, image in enumerate(images(5)):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{index:06d}.png")

@@ -3,9 +3,7 @@
 import dataclasses
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,8 @@ from eval.rejection import Picker, best_of_classes, num_candidates, open_picker,
 from generator.sample import sample, sample_images
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import forked
 from untrained import EVAL, FAMILIES, make_run, write_yaml
 
 SEEDED = dataclasses.replace(EVAL.classifier, seed=1)
@@ -152,14 +152,11 @@ def test_refusals(run: RunConfig, picker: Picker, tmp_path: Path) -> None:
 def test_two_processes_keep_what_one_keeps(run: RunConfig, tmp_path: Path) -> None:
     path = write_yaml(tmp_path / "trial.yaml", dataclasses.replace(EVAL, rejection=RejectionConfig(classifier=SEEDED)))
     shutil.copytree(run.folder, tmp_path / "two" / "digits")
-    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     place = f"--eval.rejection.classifier.path={run.folder / 'eval' / 'rejection_classifier'}"
-    for root, launcher, more in ((tmp_path, [], []), (tmp_path / "two", two, [place])):
+    for root, execute, more in ((tmp_path, forked.run, []), (tmp_path / "two", forked.run_two, [place])):
         words = ["sample", "--config", str(path), f"--run.root={root}", "--acceptance", "0.25", *more]
         words += ["--count", "40", "--only", "autoregressive", "--out", str(root / "out")]
-        command = [sys.executable, *launcher, "-m", "tokenloom", *words]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr
+        execute("tokenloom.cli:main", words, told=tmp_path / "told")
     (one, images), (other, again) = (read(root / "out" / "autoregressive") for root in (tmp_path, tmp_path / "two"))
     assert one == other and np.array_equal(images, again)
     assert [each.name for each in (tmp_path / "two" / "out").iterdir()] == ["autoregressive"]  # no candidates left
