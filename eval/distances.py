@@ -68,11 +68,13 @@ def frechet_distance(groups: Sequence[Moments], reference: Gaussian, *, root: Ro
 
     The interval is over the draw of the generated images at this number of them; the reference is held fixed. It is
     wide, and holds the expectation 98 times in 100, where nothing but the number of images is behind the distance.
+    Its reach is always that of the nuclear form, which is many times quicker.
     """
-    distance = frechet_to(reference, root=root)
+    distance = frechet_to(reference)
     whole = sum(groups[1:], groups[0])
     left_out = [distance((whole - part).gaussian()) for part in groups]
-    value, interval = jackknife(distance(whole.gaussian()), left_out)
+    found = (distance if root == "nuclear" else frechet_to(reference, root=root))(whole.gaussian())
+    value, interval = jackknife(found, left_out)
     assert interval is not None
     return Estimate(value, (max(0.0, interval[0]), interval[1]))
 
