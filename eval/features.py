@@ -143,7 +143,7 @@ class TimmFeatures(Extractor):
         mean, std = (x.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         maps = self.network.forward_features((x - mean) / std)
         features = self.network.forward_head(maps, pre_logits=True)  # [B, D]
-        classes = {"logits": self.network.get_classifier()(features)} if self.network.num_classes else {}
+        classes = {"logits": self.network.forward_head(maps)} if self.network.num_classes else {}
         return {"features": features, **classes}
 
     def identity(self) -> dict[str, str]:

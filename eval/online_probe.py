@@ -35,12 +35,14 @@ BASE_BATCH = 256  # for which learning rates are stated
 SEED = 0
 ASPECT = 4 / 3  # widest and narrowest rectangle of an image
 CHECKPOINTS = 10  # in a whole training
+VERSION = 2  # raised whenever the same settings give other heads
 
 
 class BatchNorm(nn.Module):
     """Batch norm of features without weights, over the parts of a batch on all processes; running means in eval mode.
 
-    Features are frozen, so that no gradient passes the processes.
+    The first steps are averaged evenly, so that after a short training no trace of the initial values is left. Features
+    are frozen, so that no gradient passes the processes.
     """
 
     def __init__(self, width: int, reduce: Callable[[Tensor], Tensor], *, epsilon: float = 1e-6) -> None:
@@ -50,6 +52,8 @@ class BatchNorm(nn.Module):
         self.variance: Tensor
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("variance", torch.ones(width))
+        self.steps: Tensor
+        self.register_buffer("steps", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, D] -> alike."""
@@ -57,8 +61,10 @@ class BatchNorm(nn.Module):
         if self.training:
             mean = self.reduce(x.mean(0))
             variance = self.reduce((x - mean).square().mean(0))
-            self.mean.lerp_(mean, self.momentum)
-            self.variance.lerp_(variance, self.momentum)
+            self.steps += 1
+            share = self.steps.reciprocal().clamp(min=self.momentum)
+            self.mean.lerp_(mean, share)
+            self.variance.lerp_(variance, share)
         return (x - mean) * (variance + self.epsilon).rsqrt()
 
 
@@ -217,8 +223,9 @@ def train_heads(
         )
 
     identity = {
-        "online": to_dict(config), "representation": representation.identity(), "data": images.content(),
-        "rows": hashlib.sha256(rows.astype(np.int64).tobytes()).hexdigest()[:16], "num_classes": num_classes,
+        "version": VERSION, "online": to_dict(config), "representation": representation.identity(),
+        "data": images.content(), "rows": hashlib.sha256(rows.astype(np.int64).tobytes()).hexdigest()[:16],
+        "num_classes": num_classes,
     }  # fmt: skip
     weights = fit(
         ProbeTask(config, representation, fresh()),

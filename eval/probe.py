@@ -133,7 +133,10 @@ def held_out_split(n: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     held = round(n * share)
     if held < 1 or held >= n:
-        raise ValueError(f"eval.probe.held_out={share} of {n} training images leaves one part empty")
+        raise ValueError(
+            f"eval.probe.held_out={share} of {n} labelled training images leaves one part empty: take another share, or"
+            " a higher eval.probe.num_train"
+        )
     return order[held:], order[:held]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from engine.config import RunConfig
 from engine.device import Device, exact_products
@@ -26,6 +27,7 @@ from eval.statistics import Estimate, proportion
 from eval.taps import Representation, asked_representations
 
 SEED = 0  # of which images are taken and which are held out
+MANY = 100_000  # images times taps, from which on their features may take hundreds of megabytes
 
 
 class KnnScore(NamedTuple):
@@ -84,7 +86,7 @@ def score_probe(
     """Probe the taps that the configuration asks for: records, and the content of eval/probe.json.
 
     Every process of a run must call it; all but the first get nothing, nor does any where the training images have
-    labels of fewer than two classes.
+    labels of fewer than two classes, or the run none of the models that are asked for.
 
     Args:
         makers: for each model that the run has, by the name that begins its taps, what opens it.
@@ -92,18 +94,21 @@ def score_probe(
         batch_size: images per forward pass of a model.
 
     Raises:
-        ValueError: a tap that its model does not have, or too few images to hold some out.
+        ValueError: a tap that its model does not have, too few images to hold some out and find neighbours, or test
+            images without labels.
     """
     labelled = np.flatnonzero(train_set.labels >= 0)
     if len(set(train_set.labels[labelled].tolist())) < 2:
         if device.is_main:
             print("probe left out: the images have no labels of at least two classes")
         return [], {}
+    rows = draw_indices(labelled, config.num_train, seed=SEED)
     test_rows = draw_indices(np.flatnonzero(test_set.labels >= 0), config.num_test, seed=SEED)
+    check_counts(config, len(rows), len(test_rows))
     job = Job(
         config=config,
         train_set=train_set,
-        rows=draw_indices(labelled, config.num_train, seed=SEED),
+        rows=rows,
         test=drawn(test_set, test_rows, name="test images"),
         run=run,
         cache=cache,
@@ -112,7 +117,11 @@ def score_probe(
     )
     representations = asked_representations(config.taps, makers, device.device)
     if not representations:
+        if device.is_main:
+            print(f"probe left out: the run has no model that eval.probe.taps={list(config.taps)} names")
         return [], {}
+    if device.is_main:
+        _tell_size(job, representations)
     curves, seen = (_online if config.protocol == "mae" else _offline)(job, representations)
     if not device.is_main:
         return [], {}
@@ -122,6 +131,32 @@ def score_probe(
         records += _records(representation, curve, facts, config, len(job.rows))
         table += [_row(representation.subject, point, config) for point in curve]
     return records, {"protocol": records[0]["protocol"], "curve": table}
+
+
+def check_counts(config: ProbeConfig, num_train: int, num_test: int) -> None:
+    """Raise ValueError if there are too few labelled images for what the configuration asks."""
+    fitted, _ = held_out_split(num_train, config.held_out, SEED)
+    if config.protocol == "lbfgs" and config.knn_k > len(fitted):
+        raise ValueError(
+            f"eval.probe.knn_k={config.knn_k} neighbours, but of the training images only {len(fitted)} are labelled"
+            " and not held out: lower it, or set 0 to leave k-NN out"
+        )
+    if not num_test:
+        raise ValueError("the training images have labels, the test images none: give labelled ones as data.test_path")
+
+
+def _tell_size(job: Job, representations: Sequence[Representation]) -> None:
+    """Say how much room the features of plain images take, where that is much."""
+    plain = job.test.count + (0 if job.config.protocol == "mae" else len(job.rows))
+    if plain * sum(len(representation.taps) for representation in representations) < MANY:
+        return
+    image = job.train_set.load(job.rows[:1])["images"].to(job.device.device)
+    with torch.inference_mode():
+        width = sum(seen.shape[1] for each in representations for seen in each.outputs(image).values())
+    print(
+        f"probe: features of {plain:,} images take {4 * plain * width / 1e9:.3g} GB in {job.cache}, which may be"
+        " deleted afterwards; fewer eval.probe.taps, or a lower num_train and num_test, take less"
+    )
 
 
 Probed = tuple[list[list[Point]], list[str]]  # a curve for each model; what identifies training and test images

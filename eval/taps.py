@@ -7,8 +7,7 @@ from one pass, but for noise levels, which take one each.
 
 from __future__ import annotations
 
-import hashlib
-from collections import OrderedDict
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -83,14 +82,17 @@ def asked_representations(
         makers: for each model that is there, what opens it.
 
     Raises:
-        ValueError: a pattern that names no tap of its model, or a file that cannot be opened.
+        ValueError: a pattern that names no tap of its model, a file that cannot be opened, or two models of one name.
     """
-    opened = []
+    opened: list[Representation] = []
     for model in dict.fromkeys(map(model_of, patterns)):
         if model in makers:
             opened.append(makers[model]().at(patterns))
         elif model.startswith("timm:"):
             opened.append(timm_representation(model, device))
+    for subject, count in Counter(representation.subject for representation in opened).items():
+        if count > 1:
+            raise ValueError(f"eval.probe.taps has {count} models whose scores would be of {subject!r}: rename a file")
     return opened
 
 
@@ -150,16 +152,21 @@ def timm_representation(spec: str, device: torch.device) -> Representation:
 
 
 def encoded_once(tokenizer: Any) -> Encode:
-    """The tokenizer's `codes_and_latents` for several models that look at the same images one after the other."""
-    known: OrderedDict[bytes, tuple[Tensor | None, Tensor]] = OrderedDict()
+    """The tokenizer's `codes_and_latents` for several models that look at the same images one after the other.
+
+    Images are kept by reference, so nobody may write into them. They are compared where they lie, since on a GPU a hash
+    of them would take longer than the models do.
+    """
+    known: deque[tuple[Tensor, tuple[Tensor | None, Tensor]]] = deque()
 
     def encode(images: Tensor) -> tuple[Tensor | None, Tensor]:
-        key = hashlib.sha256(images.cpu().numpy().tobytes()).digest()
-        if key not in known:
-            known[key] = tokenizer.codes_and_latents(images)
-            while len(known) > 1 and sum(len(latents) for _, latents in known.values()) > REMEMBERED:
-                known.popitem(last=False)
-        return known[key]
+        for shown, found in known:
+            if torch.equal(shown, images):
+                return found
+        known.append((images, tokenizer.codes_and_latents(images)))
+        while len(known) > 1 and sum(len(shown) for shown, _ in known) > REMEMBERED:
+            known.popleft()
+        return known[-1][1]
 
     return encode
 

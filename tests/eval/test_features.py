@@ -92,6 +92,20 @@ def test_the_rule_of_a_timm_network_can_be_chosen(rule: str, tmp_path) -> None:
     assert torch.equal(extractor(images()), default(images())) == (rule == "antialias")
 
 
+@pytest.mark.parametrize("model", ["deit_tiny_distilled_patch16_224", "resnetv2_50x1_bit"])
+def test_logits_are_the_networks_own_whatever_its_head(model: str, tmp_path) -> None:
+    """A distilled network has two classifiers, whose answers are averaged; BiT's is a convolution."""
+    network = stored(tmp_path / "net.pth", model, num_classes=3)
+    for parameter in network.parameters():  # as made, classifiers begin alike or at zero
+        torch.nn.init.normal_(parameter, std=0.05)
+    torch.save(network.state_dict(), tmp_path / "net.pth")
+    extractor = open_features(f"timm:{model}:{tmp_path / 'net.pth'}:32")
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (extractor.mean, extractor.std))
+    outputs = extractor.outputs(images())
+    assert outputs["features"].shape == (2, network.num_features) and outputs["logits"].shape == (2, 3)
+    torch.testing.assert_close(outputs["logits"], extractor.network((images() / 255 - mean) / std))
+
+
 def test_a_vision_transformer_gives_its_class_token_at_any_size(tmp_path) -> None:
     """DINOv2 is such a network: no classifier, a fixed input size, the normed class token."""
     timm = pytest.importorskip("timm")

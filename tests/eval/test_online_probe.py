@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.optim import Lars
 
+from engine.batches import StepRandom
 from engine.config import DataConfig, RunConfig
 from engine.device import Device, setup
 from engine.images import ImageSet, Listing
@@ -57,8 +59,8 @@ def test_separable_classes_are_read_off_perfectly(tmp_path: Path, device: Device
 def test_digits_come_near_logistic_regression(tmp_path: Path, device: Device, digits: ImageSet) -> None:
     test_set = open_images(DataConfig(size=8), "test")
     test = labelled(test_set, np.arange(len(test_set)))
-    rows = np.random.default_rng(0).permutation(len(digits))
-    fitted, held = rows[144:], rows[:144]
+    rows = np.random.default_rng(0).permutation(len(digits))[:900]
+    fitted, held = rows[90:], rows[:90]
     config = OnlineProbeConfig(epochs=20, warmup_epochs=2, batch_size=64, learning_rates=(0.03, 0.3), **PLAIN)
     representation = pixel_representation()
     heads = train_heads(config, representation, images=digits, rows=fitted, run=run_in(tmp_path), device=device)
@@ -69,14 +71,16 @@ def test_digits_come_near_logistic_regression(tmp_path: Path, device: Device, di
     assert online.held_out > 0.9
 
 
-def two_taps() -> Representation:
+def two_taps(facts: str = "") -> Representation:
     """Pixels, and their mean: two taps of different width."""
 
     def read(images: torch.Tensor, taps: Any) -> dict[str, torch.Tensor]:
         x = images.float().flatten(1)
         return {"two.wide": x, "two.narrow": x.mean(1, keepdim=True)}
 
-    return Representation(name="two", subject="two", taps=("two.wide", "two.narrow"), read=read, facts={})
+    return Representation(
+        name="two", subject="two", taps=("two.wide", "two.narrow"), read=read, facts={"generator": facts}
+    )
 
 
 @pytest.mark.parametrize("kind", ["sgd", "lars"])
@@ -124,6 +128,39 @@ def test_other_settings_are_another_probe_and_take_its_place(tmp_path: Path, dev
     assert torch.equal(second, again) and not torch.equal(first, second)
 
 
+def test_heads_of_another_model_are_not_taken(
+    tmp_path: Path, device: Device, digits: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = OnlineProbeConfig(epochs=1, warmup_epochs=0, batch_size=32, learning_rates=(0.1,))
+    step, steps = online_probe.ProbeTask.step, []
+    monkeypatch.setattr(online_probe.ProbeTask, "step", lambda *given: steps.append(1) or step(*given))
+    for facts, taken in (("a", 2), ("a", 2), ("b", 4)):
+        rows = np.arange(64)
+        train_heads(config, two_taps(facts), images=digits, rows=rows, run=run_in(tmp_path), device=device)
+        assert len(steps) == taken
+
+
+def test_every_head_has_the_gradient_of_its_own_loss(digits: ImageSet) -> None:
+    config = OnlineProbeConfig(learning_rates=(0.1, 0.5), batch_size=16, **PLAIN)
+    heads, representation = Heads(("two.wide", "two.narrow"), [192, 1], num_classes=10, rates=(0.1, 0.5)), two_taps()
+    batch = digits.load(np.arange(16))
+    task = online_probe.ProbeTask(config, representation, heads)
+    task.step(batch, StepRandom(0, 0, 16))["loss"].backward()
+    features = representation.outputs(batch["images"])
+    for place, tap in enumerate(representation.taps):
+        for column, head in enumerate(heads.linear[place]):
+            logits = list(heads.each(tap, features[tap]))[column]
+            [expected] = torch.autograd.grad(F.cross_entropy(logits, batch["labels"]), [head.weight])
+            torch.testing.assert_close(head.weight.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_learning_rate_rises_and_falls_over_epochs() -> None:
+    schedule = online_probe._schedule(OnlineProbeConfig(epochs=90, warmup_epochs=10, batch_size=256), 2560)
+    assert (schedule.steps, schedule.warmup_steps, schedule.learning_rate) == (900, 100, 1.0)
+    one = online_probe._schedule(OnlineProbeConfig(epochs=1, warmup_epochs=0.5, batch_size=256), 20)
+    assert (one.steps, one.warmup_steps) == (1, 0)
+
+
 def test_heads_do_not_touch_each_other() -> None:
     """Heads trained together are those trained alone."""
     generator = torch.Generator().manual_seed(0)
@@ -155,6 +192,7 @@ def test_heads_do_not_touch_each_other() -> None:
 def test_every_head_has_its_learning_rate_scaled_with_the_batch(kind: Any) -> None:
     heads = Heads(("a",), [3], num_classes=2, rates=(0.1, 0.5))
     solver = optimizer(OnlineProbeConfig(learning_rates=(0.1, 0.5), batch_size=1024, optimizer=kind), heads)
+    assert isinstance(solver, torch.optim.SGD if kind == "sgd" else Lars)
     told = [(group["peak_lr"], group.get("always_adapt"), group["momentum"]) for group in solver.param_groups]
     adapts = (True, False) if kind == "lars" else (None, None)
     assert told == [(rate, adapt, 0.9) for rate in (0.4, 2.0) for adapt in adapts]
@@ -165,7 +203,8 @@ def test_every_head_has_its_learning_rate_scaled_with_the_batch(kind: Any) -> No
 def test_batch_norm_is_that_of_torch() -> None:
     generator = torch.Generator().manual_seed(0)
     ours, theirs = BatchNorm(5, lambda value: value), torch.nn.BatchNorm1d(5, eps=1e-6, affine=False)
-    for _ in range(3):
+    for step in range(13):
+        theirs.momentum = None if step < 10 else 0.1  # at first the mean of all steps
         x = 3 * torch.randn(400, 5, generator=generator) + 2
         torch.testing.assert_close(ours(x), theirs(x))
     torch.testing.assert_close(ours.mean, theirs.running_mean)

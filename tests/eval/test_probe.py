@@ -152,6 +152,12 @@ def test_penalty_is_strong_when_features_are_noise() -> None:
     assert choice.c == 1e-2
 
 
+def test_of_equal_penalties_the_strongest_is_chosen() -> None:
+    labels = torch.arange(60) % 3
+    choice = choose_penalty(torch.zeros(60, 4), labels, num_classes=3, c_grid=(1.0, 0.01, 10.0), held_out=0.3, seed=0)
+    assert choice.c == 0.01 and not choice.at_end
+
+
 def test_held_out_parts_are_disjoint_and_seeded() -> None:
     fitted, held = held_out_split(50, 0.1, 3)
     assert sorted(fitted.tolist() + held.tolist()) == list(range(50))

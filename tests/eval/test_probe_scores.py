@@ -15,10 +15,12 @@ from engine.config import DataConfig, RunConfig
 from engine.device import Device, setup
 from engine.images import ImageSet
 from engine.sources import open_images
+from eval import probe_scores
 from eval.config import OnlineProbeConfig, ProbeConfig
 from eval.pictures import draw_indices
-from eval.probe import standardise
-from eval.probe_scores import score_probe
+from eval.probe import TapScore, held_out_split, standardise
+from eval.probe_scores import KnnScore, Point, check_counts, score_probe
+from eval.statistics import Estimate
 from eval.taps import Representation, pixel_representation
 
 CONFIG = ProbeConfig(taps=("pixels", "vim.*"), c_grid=(1e-3, 1e-2, 1e-1), num_train=900, knn_k=20)
@@ -76,7 +78,7 @@ def test_scores_are_those_of_scikit_learn_on_the_same_images(
     top5 = np.argsort(-theirs.decision_function(scaled[1]), axis=1)[:, :5] == test_y[:, None]
     assert found["pixels", "probe_top5"]["value"] == pytest.approx(top5.any(1).mean(), abs=0.005)
     near = KNeighborsClassifier(20, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07)).fit(x.numpy(), y)
-    assert found["pixels", "knn_top1"]["value"] == pytest.approx(near.score(test_x.numpy(), test_y), abs=0.005)
+    assert found["pixels", "knn_top1"]["value"] == pytest.approx(near.score(test_x.numpy(), test_y), abs=1e-6)
     assert sum(passes) == 900 + len(sets[1])
     passes.clear()
     assert probe(CONFIG, sets, tmp_path, device, passes) == (found, content)
@@ -122,6 +124,49 @@ def test_test_labels_choose_nothing(sets: tuple[ImageSet, ImageSet], tmp_path: P
     assert after["pixels", "probe_top1"]["value"] < 0.3 < content["curve"][0]["held_out_top1"]
 
 
+def test_held_out_images_are_not_among_their_own_neighbours(
+    sets: tuple[ImageSet, ImageSet], tmp_path: Path, device: Device
+) -> None:
+    true = sets[0].labels
+    sets[0].labels = np.random.default_rng(0).permutation(true)
+    try:
+        _, content = probe(dataclasses.replace(CONFIG, taps=("pixels",), knn_k=1), sets, tmp_path, device)
+    finally:
+        sets[0].labels = true
+    assert content["curve"][0]["knn_held_out_top1"] < 0.3
+
+
+def test_k_nn_and_the_linear_probe_choose_their_taps_on_held_out_images() -> None:
+    def point(tap: str, linear: tuple[float, float], near: tuple[float, float]) -> Point:
+        score = TapScore(tap, 1.0, linear[0], False, Estimate(linear[1], None), None)
+        return Point(score, KnnScore(near[0], Estimate(near[1], None)))
+
+    curve = [point("vim.block1", (0.5, 0.9), (0.6, 0.1)), point("vim.block2", (0.6, 0.2), (0.5, 0.8))]
+    records = probe_scores._records(fake([]), curve, {"num_real": 50}, CONFIG, 900)
+    found = {entry["name"]: (entry["tap"], entry["value"]) for entry in records}
+    assert found == {"probe_top1": ("vim.block2", 0.2), "knn_top1": ("vim.block1", 0.1)}
+
+
+def test_heads_never_meet_the_held_out_images(
+    sets: tuple[ImageSet, ImageSet], tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met: list[np.ndarray] = []
+
+    class Stop(Exception):
+        pass
+
+    def train_heads(*_: Any, rows: np.ndarray, **__: Any) -> None:
+        met.append(rows)
+        raise Stop
+
+    monkeypatch.setattr(probe_scores, "train_heads", train_heads)
+    with pytest.raises(Stop):
+        probe(dataclasses.replace(CONFIG, protocol="mae", online=ONLINE), sets, tmp_path, device)
+    drawn = draw_indices(np.flatnonzero(sets[0].labels >= 0), 900, seed=0)
+    fitted, held = (drawn[part.numpy()] for part in held_out_split(900, 0.1, 0))
+    assert np.array_equal(met[0], fitted) and not set(met[0]) & set(held)
+
+
 def test_heads_trained_by_sgd_give_the_same_kind_of_scores(
     sets: tuple[ImageSet, ImageSet], tmp_path: Path, device: Device, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,3 +200,44 @@ def test_without_two_classes_there_is_no_probe(
     finally:
         sets[0].labels = true
     assert "probe left out: the images have no labels of at least two classes" in capsys.readouterr().out
+
+
+def test_without_a_model_that_is_asked_for_there_is_no_probe(
+    sets: tuple[ImageSet, ImageSet], tmp_path: Path, device: Device, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert probe(dataclasses.replace(CONFIG, taps=("dit.block1",)), sets, tmp_path, device) == ({}, {})
+    assert "the run has no model that eval.probe.taps=['dit.block1'] names" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"knn_k": 811}, r"eval\.probe\.knn_k=811 neighbours, .* only 810 are labelled and not held out"),
+        ({"num_train": 4}, r"eval\.probe\.held_out=0\.1 of 4 labelled training images leaves one part empty"),
+    ],
+)
+def test_too_few_images_are_told_before_any_is_seen(
+    changes: dict[str, Any], told: str, sets: tuple[ImageSet, ImageSet], tmp_path: Path, device: Device
+) -> None:
+    passes: list[int] = []
+    with pytest.raises(ValueError, match=told):
+        probe(dataclasses.replace(CONFIG, **changes), sets, tmp_path, device, passes)
+    assert not passes
+
+
+def test_test_images_without_labels_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"the test images none: give labelled ones as data\.test_path"):
+        check_counts(CONFIG, 900, 0)
+
+
+def test_much_room_is_told_in_advance(
+    sets: tuple[ImageSet, ImageSet], tmp_path: Path, device: Device,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    probe(dataclasses.replace(CONFIG, taps=("pixels",)), sets, tmp_path, device)
+    assert "GB" not in capsys.readouterr().out
+    monkeypatch.setattr(probe_scores, "MANY", 1)
+    probe(dataclasses.replace(CONFIG, taps=("pixels",), num_train=0), sets, tmp_path, device)
+    count = len(sets[0]) + len(sets[1])
+    taken = f"probe: features of {count:,} images take {4 * count * 192 / 1e9:.3g} GB in {tmp_path / 'cache'}"
+    assert taken in capsys.readouterr().out

@@ -170,6 +170,7 @@ def test_images_are_encoded_once_and_forgotten_in_time() -> None:
     first, second = torch.zeros(4, 3, 2, 2, dtype=torch.uint8), torch.ones(REMEMBERED, 3, 2, 2, dtype=torch.uint8)
     codes, latents = encode(first)
     assert torch.equal(encode(first.clone())[0], codes) and torch.equal(latents, first.float()) and batches == [4]
+    assert encode(first + 7)[0].eq(7).all() and batches.pop() == 4
     assert encode(second)[0].eq(1).all() and encode(second)[0].eq(1).all() and batches == [4, REMEMBERED]
     encode(first)
     assert batches == [4, REMEMBERED, 4]
@@ -187,3 +188,10 @@ def test_a_network_of_timm_has_one_tap(tmp_path) -> None:
     assert features.shape == (2, network.num_features) and found.identity()["weights"]
     with pytest.raises(ValueError, match="no such weights file"):
         asked_representations([f"timm:test_vit:{tmp_path / 'none.pth'}"], {}, CPU)
+
+
+def test_two_models_cannot_have_one_name(tmp_path, makers: Makers) -> None:
+    path = tmp_path / "pixels.pth"
+    torch.save(create_model("test_vit", num_classes=0).state_dict(), path)
+    with pytest.raises(ValueError, match=r"eval\.probe\.taps has 2 models whose scores would be of 'pixels': rename"):
+        asked_representations(["pixels", f"timm:test_vit:{path}"], makers, CPU)

@@ -368,6 +368,20 @@ def test_features_at_several_taps_take_one_pass_for_each_noise_level(trained: Di
     assert trained.generator.features(latents, []) == {}
 
 
+def test_features_stand_behind_the_null_label(trained: DiffusionTask, shards: Shards) -> None:
+    latents, table = shards.load(np.arange(6))["latents"], trained.network.labels.weight
+    before, kept = feature(trained, latents, "block2"), table.detach().clone()
+    try:
+        with torch.no_grad():
+            table[:-1] += 1
+            assert torch.equal(feature(trained, latents, "block2"), before)
+            table[-1] += 1
+            assert not torch.allclose(feature(trained, latents, "block2"), before)
+    finally:
+        with torch.no_grad():
+            table.copy_(kept)
+
+
 def feature(trained: DiffusionTask, latents: torch.Tensor, tap: str) -> torch.Tensor:
     return trained.generator.features(latents, [tap])[tap]
 
