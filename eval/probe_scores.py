@@ -97,14 +97,11 @@ def score_probe(
         ValueError: a tap that its model does not have, too few images to hold some out and find neighbours, or test
             images without labels.
     """
-    labelled = np.flatnonzero(train_set.labels >= 0)
-    if len(set(train_set.labels[labelled].tolist())) < 2:
+    rows, test_rows = _drawn_rows(config, train_set, test_set)
+    if not len(rows):
         if device.is_main:
             print("probe left out: the images have no labels of at least two classes")
         return [], {}
-    rows = draw_indices(labelled, config.num_train, seed=SEED)
-    test_rows = draw_indices(np.flatnonzero(test_set.labels >= 0), config.num_test, seed=SEED)
-    check_counts(config, len(rows), len(test_rows))
     job = Job(
         config=config,
         train_set=train_set,
@@ -133,16 +130,26 @@ def score_probe(
     return records, {"protocol": records[0]["protocol"], "curve": table}
 
 
-def check_counts(config: ProbeConfig, num_train: int, num_test: int) -> None:
+def check_counts(config: ProbeConfig, train_set: ImageSet, test_set: ImageSet) -> None:
     """Raise ValueError if there are too few labelled images for what the configuration asks."""
-    fitted, _ = held_out_split(num_train, config.held_out, SEED)
+    _drawn_rows(config, train_set, test_set)
+
+
+def _drawn_rows(config: ProbeConfig, train_set: ImageSet, test_set: ImageSet) -> tuple[np.ndarray, np.ndarray]:
+    """The labelled images that are used, of the training and of the test split; none if there are no two classes."""
+    labelled, tested = (np.flatnonzero(images.labels >= 0) for images in (train_set, test_set))
+    if len(set(train_set.labels[labelled].tolist())) < 2:
+        return labelled[:0], tested[:0]
+    if not len(tested):
+        raise ValueError("the training images have labels, the test images none: give labelled ones as data.test_path")
+    rows = draw_indices(labelled, config.num_train, seed=SEED)
+    fitted, _ = held_out_split(len(rows), config.held_out, SEED)
     if config.protocol == "lbfgs" and config.knn_k > len(fitted):
         raise ValueError(
             f"eval.probe.knn_k={config.knn_k} neighbours, but of the training images only {len(fitted)} are labelled"
             " and not held out: lower it, or set 0 to leave k-NN out"
         )
-    if not num_test:
-        raise ValueError("the training images have labels, the test images none: give labelled ones as data.test_path")
+    return rows, draw_indices(tested, config.num_test, seed=SEED)
 
 
 def _tell_size(job: Job, representations: Sequence[Representation]) -> None:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.checkpoint import load_model, write_json
+from engine.checkpoint import write_json
 from engine.config import DataConfig, RunConfig
 from engine.device import Device
-from engine.images import ImageSet
 from engine.snapshots import snapshots
 from engine.sources import open_images
 from eval.classifier import Classifier, check_classes, load_classifier, train_classifier
@@ -21,7 +17,6 @@ from eval.config import EvalConfig
 from eval.features import Extractor
 from eval.generator_scores import (
     check_enough_real,
-    ensure_samples,
     score_likelihood,
     score_real,
     score_samples,
@@ -30,17 +25,11 @@ from eval.generator_scores import (
 from eval.neighbours import open_archive
 from eval.panel import Panel, cache_of, open_extractors
 from eval.pictures import drawn
-from eval.probe_scores import score_probe
+from eval.probe_scores import check_counts, score_probe
 from eval.protocol import Record, drop_scores, drop_stale, merge_scores
-from eval.rejection import (
-    Picker,
-    check_no_judge,
-    num_candidates,
-    open_picker,
-    sample_accepted,
-    subject_name,
-)
+from eval.sample_sets import Drawn, draw_all, remove_unasked
 from eval.standard import named_reference, open_standard, training_pictures
+from eval.subject import Subject
 from eval.table import table
 from eval.taps import (
     Representation,
@@ -51,69 +40,9 @@ from eval.taps import (
     tokenizer_representation,
 )
 from eval.tokenizer_scores import load_lpips, lpips_nets, score_tokenizer
-from eval.variants import GeneratorConfig, Sampling, drawn_from, samplings, snapshot_samplings
+from eval.variants import GeneratorConfig, samplings, snapshot_samplings
 from generator.config import AutoregressiveConfig, DiffusionConfig
-from generator.sample import open_generator
-from generator.sample_folder import read_samples
 from tokenizer.config import TokenizerConfig
-from tokenizer.model import Tokenizer, load_tokenizer
-
-
-class Drawn(NamedTuple):
-    """A folder of samples, how they were drawn, and under which name."""
-
-    sampling: Sampling
-    folder: Path
-
-
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """What is scored, and with what."""
-
-    run: RunConfig
-    config: EvalConfig
-    train_set: ImageSet
-    test_set: ImageSet
-    tokenizer_config: TokenizerConfig
-    families: dict[str, GeneratorConfig]
-    samplings: list[Sampling]
-    device: Device
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The run's tokenizer on the device."""
-        return load_tokenizer(self.run.tokenizer_folder).to(self.device.device)
-
-    @property
-    def tokenizer_weights(self) -> str:
-        """Which weights of the tokenizer's training are scored; another run's tells of itself."""
-        if self.run.tokenizer is None:
-            return weights_kind(self.tokenizer_config) if self.tokenizer_config.model.learned else "raw"
-        card, _ = load_model(self.run.tokenizer_folder / "tokenizer")
-        ema = card.get("identity", {}).get("tokenizer", {}).get("train", {}).get("ema")
-        return f"ema {ema}" if ema else "raw"
-
-    @property
-    def fingerprints(self) -> list[str]:
-        """Of all the models of the run, and of all weights that samples are drawn from, as they are now."""
-        folders = [self.run.tokenizer_folder / "tokenizer", *(self.run.folder / family for family in self.families)]
-        drawn = [each for sampling in self.samplings for each in drawn_from(self.run.folder, sampling.config)]
-        return [load_model(folder)[0]["fingerprint"] for folder in folders] + drawn
-
-    def generator(self, family: str) -> Any:
-        """A generator of the run on the device.
-
-        Raises:
-            ValueError: it learned from another tokenizer than the run now has.
-        """
-        generator = open_generator(self.run.folder, self.families[family])
-        tokenizer = load_tokenizer(self.run.tokenizer_folder)
-        if generator.tokenizer_fingerprint != tokenizer.code_fingerprint:
-            raise ValueError(
-                f"{self.run.folder / family} learned from codes {generator.tokenizer_fingerprint}, but the run's "
-                f"tokenizer gives {tokenizer.code_fingerprint}: encode and train the generator again"
-            )
-        return generator.to(self.device.device)
 
 
 def evaluate(
@@ -163,7 +92,7 @@ def evaluate(
     if "fid" in parts:
         _check_reference(eval, data.size, judges)
     panel = Panel(extractors=judges, config=eval, cache=cache_of(run, eval), device=device)
-    folders = _samples(subject, panel.extractors) if "fid" in parts else []
+    folders = draw_all(subject, panel.extractors) if "fid" in parts else []
     path = run.folder / "eval" / "metrics.json"
     if device.is_main:
         drop_stale(path, subject.fingerprints if only else ())
@@ -173,7 +102,7 @@ def evaluate(
         if device.is_main:
             if part == "fid":
                 drop_scores(path, lambda entry: "@" in entry["subject"])  # some may no longer be asked for
-                _remove_unasked(subject, folders)
+                remove_unasked(subject, folders)
             merge_scores(path, found)
         records += found
     if device.is_main:
@@ -195,8 +124,7 @@ def check(*, data: DataConfig, eval: EvalConfig, device: Device) -> None:
     """Raise now the ValueError that `evaluate` would raise after hours of training: too few images, labels, weights."""
     train_set, test_set = open_images(data, "train"), open_images(data, "test")
     check_enough_real(train_set, eval)
-    if (train_set.labels >= 0).any() and not (test_set.labels >= 0).any():
-        raise ValueError("the training images have labels, the test images none: give labelled ones as data.test_path")
+    check_counts(eval.probe, train_set, test_set)
     judges = open_extractors(eval, device)
     if "classifier" in eval.features:
         classes = check_classes(train_set)
@@ -206,9 +134,8 @@ def check(*, data: DataConfig, eval: EvalConfig, device: Device) -> None:
         classes = check_classes(train_set, asked="eval.rejection.acceptances is set", remedy="leave it empty")
         if eval.rejection.classifier.path is not None:
             load_classifier(Path(eval.rejection.classifier.path), num_classes=classes, device=device)
-    _check_reference(
-        eval, data.size, () if "classifier" in eval.features else judges
-    )  # statistics may be of its features
+    # With a classifier, statistics may be of its features, which are not there yet.
+    _check_reference(eval, data.size, () if "classifier" in eval.features else judges)
     _check_lpips(eval, data.size, device)
 
 
@@ -305,68 +232,6 @@ def _classifier(subject: Subject) -> Classifier:
         device=subject.device,
     )
     return network
-
-
-def _samples(subject: Subject, extractors: Sequence[Extractor]) -> list[Drawn]:
-    """Folders of all samples that are to be scored: as they are drawn, and the best of more candidates."""
-    num, found = subject.config.num_samples, []
-    picked = _picked(subject)
-    picker = _picker(subject, extractors) if picked else None
-    for sampling in subject.samplings:
-        folder = ensure_samples(run=subject.run, sampling=sampling, num=num, device=subject.device)
-        found.append(Drawn(sampling, folder))
-        if picker and sampling.subject in picked:  # the family's own, not a variant
-            found += _accepted(subject, sampling, picker, folder)
-    return found
-
-
-def _picked(subject: Subject) -> list[str]:
-    """The families whose samples a classifier is to pick from: those with classes, if any acceptance is asked for."""
-    if not subject.config.rejection.acceptances:
-        return []
-    picked = [family for family in subject.families if load_model(subject.run.folder / family)[0]["num_classes"]]
-    for family in subject.families:
-        if family not in picked and subject.device.is_main:
-            print(f"rejection sampling of {family} left out: it was trained without classes")
-    return picked
-
-
-def _remove_unasked(subject: Subject, folders: Sequence[Drawn]) -> None:
-    """Remove samples of variants, snapshots and acceptances that are no longer asked for; candidates stay."""
-    kept = {folder for _, folder in folders}
-    for family in subject.families:
-        for folder in (subject.run.folder / "samples").glob(f"{family}@*"):
-            if folder not in kept and read_samples(folder) is not None:
-                shutil.rmtree(folder)
-
-
-def _picker(subject: Subject, extractors: Sequence[Extractor]) -> Picker:
-    """The classifier for rejection, once it is sure that it may pick."""
-    check_classes(subject.train_set, asked="eval.rejection.acceptances is set", remedy="leave it empty")
-    picker = open_picker(
-        subject.config.rejection.classifier,
-        train_set=subject.train_set,
-        test_set=subject.test_set,
-        run=subject.run,
-        device=subject.device,
-    )
-    check_no_judge(picker, extractors)
-    return picker
-
-
-def _accepted(subject: Subject, plain: Sampling, picker: Picker, there: Path) -> list[Drawn]:
-    """A folder for each acceptance; candidates are drawn once, and begin with the samples that are `there` already."""
-    num, acceptances = subject.config.num_samples, subject.config.rejection.acceptances
-    folder, found = subject.run.folder / "samples", []
-    for acceptance in acceptances:
-        name = subject_name(plain.family, acceptance)
-        kept = sample_accepted(
-            run=subject.run, config=plain.config, family=plain.family, device=subject.device, picker=picker,
-            acceptance=acceptance, out=folder / name, pool=folder / f"{plain.family}-candidates", num=num,
-            largest=num_candidates(num, min(acceptances)), known=[there],
-        )  # fmt: skip
-        found.append(Drawn(plain._replace(subject=name), kept))
-    return found
 
 
 def _trained(folder: Path, sections: dict[str, GeneratorConfig], device: Device) -> dict[str, GeneratorConfig]:

@@ -1,5 +1,6 @@
 """The whole way from images to records: on digits, with raw pixels and a model of two taps."""
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -225,9 +226,14 @@ def test_too_few_images_are_told_before_any_is_seen(
     assert not passes
 
 
-def test_test_images_without_labels_are_an_error() -> None:
+def test_test_images_without_labels_are_an_error(sets: tuple[ImageSet, ImageSet]) -> None:
+    train_set, test_set = copy.copy(sets[0]), copy.copy(sets[1])
+    check_counts(CONFIG, train_set, test_set)
+    test_set.labels = np.full(len(test_set), -1)
     with pytest.raises(ValueError, match=r"the test images none: give labelled ones as data\.test_path"):
-        check_counts(CONFIG, 900, 0)
+        check_counts(CONFIG, train_set, test_set)
+    train_set.labels = np.full(len(train_set), -1)
+    check_counts(CONFIG, train_set, test_set)  # there will be no probe
 
 
 def test_much_room_is_told_in_advance(
