@@ -37,7 +37,7 @@ def test_weights_are_reported_with_their_place(tmp_path, monkeypatch, there):
 
 
 def test_a_missing_module_spoils_only_its_section(monkeypatch):
-    monkeypatch.setitem(sys.modules, "eval.features", None)
+    monkeypatch.setitem(sys.modules, "eval.inception", None)
     report = doctor()
     assert report.count("not known") == 1 and "precision" in report
 

@@ -311,7 +311,8 @@ def test_scores_of_another_protocol_are_not_set_side_by_side(
     assert "num_real" in capsys.readouterr().err
 
 
-def test_the_readmes_python_runs_as_it_stands(run: Path) -> None:
+def test_the_readmes_python_runs_as_it_stands(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     text = (Path(__file__).parents[2] / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     names: dict = {}
