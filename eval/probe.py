@@ -64,13 +64,33 @@ def standardise(train: Tensor, *others: Tensor) -> list[Tensor]:
     return [scaled(x) for x in (train, *others)]
 
 
-def second_moments(features: Tensor) -> Tensor:
-    """X^T X / N of features [N, D], float64 [D, D]: all that `fit_logistic` needs to know of their shape."""
-    total = features.new_zeros(features.shape[1], features.shape[1], dtype=torch.float64)
-    for part in features.split(BLOCK):
-        x = part.double()
-        total.addmm_(x.T, x)
-    return total / len(features)
+class Span(NamedTuple):
+    """Features along their principal axes, of which N images have no more than N of D; the penalty keeps weights out of
+    all other directions."""
+
+    x: Tensor
+    """[N, R]: the features along the axes."""
+    axes: Tensor
+    """[D, R], orthonormal."""
+    variances: Tensor
+    """float64 [R]: mean squares along them."""
+
+
+def span_of(features: Tensor) -> Span:
+    """All that `fit_logistic` needs to know of the shape of features [N, D]."""
+    count, dim = features.shape
+    wide = count < dim  # then the products of images with each other are fewer than those of dimensions
+    products = features.new_zeros(min(count, dim), min(count, dim), dtype=torch.float64)
+    for part in (features.T if wide else features).split(BLOCK):
+        products.addmm_(part.double().T, part.double())
+    squares, axes = torch.linalg.eigh(products)
+    noise = torch.finfo(torch.float32).eps ** 2 * count * squares[-1]  # of features' own rounding
+    kept = squares > noise.clamp(min=1e-30)
+    squares, axes = squares[kept], axes[:, kept]
+    if wide:
+        axes = features.T @ (axes / squares.sqrt()).to(features.dtype)  # [D, R]
+    axes = axes.to(features.dtype)
+    return Span(features @ axes, axes, squares / count)
 
 
 def fit_logistic(
@@ -79,39 +99,37 @@ def fit_logistic(
     *,
     num_classes: int,
     c: float,
-    moments: Tensor | None = None,
+    span: Span | None = None,
     start: Tensor | None = None,
 ) -> Tensor:
     """Weights [D + 1, K] (last row: bias) of the minimum of sum of losses + ||W||^2 / (2 c), as scikit-learn's C.
 
-    L-BFGS searches U = L^T W, where L L^T is the loss's second derivative at W = 0 but for the coupling of classes,
-    X^T X / (N K) + 1 / (c N). There all directions are about equally steep, so that tens of steps suffice where
-    correlated features, such as pixels, take many hundreds.
+    L-BFGS searches weights along the principal axes, in units in which the loss's second derivative at 0,
+    X^T X / (N K) + 1 / (c N) but for the coupling of classes, is 1. There all directions are about equally steep, so
+    that tens of steps suffice where correlated features, such as pixels, take many hundreds.
 
     Args:
         features: [N, D], standardised.
         labels: int64 [N] in 0 .. num_classes - 1.
-        moments: `second_moments` of the features, if they are known already.
+        span: `span_of` the features, if it is known already.
         start: weights to begin at; absent: zeros.
     """
     ridge = 1 / (c * len(features))
-    curvature = (second_moments(features) if moments is None else moments) / num_classes
-    curvature.diagonal().add_(ridge)
-    upper = torch.linalg.cholesky(curvature).T.float()  # [D, D]
+    x, axes, variances = span_of(features) if span is None else span
+    scale = (variances / num_classes + ridge).rsqrt().to(x.dtype)[:, None]  # [R, 1]
     first = features.new_zeros(features.shape[1] + 1, num_classes) if start is None else start
-    turned, bias = (upper @ first[:-1]).requires_grad_(True), first[-1].clone().requires_grad_(True)
-    solver = torch.optim.LBFGS([turned, bias], max_iter=200, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
+    along, bias = (axes.T @ first[:-1] / scale).requires_grad_(True), first[-1].clone().requires_grad_(True)
+    solver = torch.optim.LBFGS([along, bias], max_iter=200, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         solver.zero_grad()
-        weights = torch.linalg.solve_triangular(upper, turned, upper=True)  # [D, K]
-        loss = F.cross_entropy(features @ weights + bias, labels) + ridge / 2 * weights.square().sum()
+        weights = scale * along  # [R, K]
+        loss = F.cross_entropy(x @ weights + bias, labels) + ridge / 2 * weights.square().sum()
         loss.backward()
         return loss
 
     solver.step(closure)  # type: ignore[no-untyped-call]
-    weights = torch.linalg.solve_triangular(upper, turned.detach(), upper=True)
-    return torch.cat([weights, bias.detach()[None]])
+    return torch.cat([axes @ (scale * along.detach()), bias.detach()[None]])
 
 
 def predict(features: Tensor, weights: Tensor) -> Tensor:
@@ -146,9 +164,9 @@ def choose_penalty(
     """The penalty with the best accuracy on held-out training images; of equals the strongest penalty."""
     fitted, held = (rows.to(train.device) for rows in held_out_split(len(train), held_out, seed))
     x, held_x = standardise(train[fitted], train[held])
-    moments, start, found = second_moments(x), None, []
+    span, start, found = span_of(x), None, []
     for c in sorted(c_grid):
-        start = fit_logistic(x, labels[fitted], num_classes=num_classes, c=c, moments=moments, start=start)
+        start = fit_logistic(x, labels[fitted], num_classes=num_classes, c=c, span=span, start=start)
         found.append((c, top_hits(predict(held_x, start), labels[held]) / len(held), start))
     accuracies = [accuracy for _, accuracy, _ in found]
     best = accuracies.index(max(accuracies))

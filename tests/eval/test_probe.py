@@ -13,7 +13,7 @@ from eval.probe import (
     held_out_split,
     predict,
     probe_tap,
-    second_moments,
+    span_of,
     standardise,
     top_hits,
 )
@@ -113,7 +113,7 @@ def test_the_minimum_is_reached_where_features_are_correlated_and_the_penalty_we
 def test_more_features_than_images_and_a_start_elsewhere_change_no_answer() -> None:
     x, labels = blobs(60, 0, d=200, gap=2.0)
     cold = fit_logistic(x, labels, num_classes=4, c=1.0)
-    warm = fit_logistic(x, labels, num_classes=4, c=1.0, moments=second_moments(x), start=torch.randn(201, 4))
+    warm = fit_logistic(x, labels, num_classes=4, c=1.0, span=span_of(x), start=torch.randn(201, 4))
     torch.testing.assert_close(predict(x, cold).softmax(1), predict(x, warm).softmax(1), atol=1e-3, rtol=0)
 
 
@@ -171,3 +171,20 @@ def test_one_class_cannot_be_probed() -> None:
     x = torch.randn(20, 2)
     with pytest.raises(ValueError, match="at least two classes"):
         probe_tap("tap", x, torch.zeros(20).long(), x, torch.zeros(20).long(), c_grid=C_GRID, held_out=0.1)
+
+
+def test_more_dimensions_than_images_have_the_minimum_of_the_whole_space() -> None:
+    draws = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(60, 300, generator=draws), torch.randint(0, 3, (60,), generator=draws)
+    [x] = standardise(torch.cat([x, x[:10]]))  # some images twice
+    labels = torch.cat([labels, labels[:10]])
+    span = span_of(x)
+    assert span.x.shape == (70, 59)  # 60 of them apart, less the mean
+    torch.testing.assert_close(span.x @ span.axes.T, x, rtol=0, atol=1e-5)
+    for c in (1e-3, 1.0):
+        weights = fit_logistic(x, labels, num_classes=3, c=c)
+        theirs = LogisticRegression(C=c, tol=1e-8, max_iter=5000).fit(x.numpy(), labels.numpy())
+        torch.testing.assert_close(
+            (weights[:-1] - weights[:-1].mean(1, keepdim=True)).T,
+            torch.from_numpy(theirs.coef_).float(), rtol=0, atol=2e-4,
+        )  # fmt: skip
