@@ -142,7 +142,9 @@ class EvalConfig:
     num_samples: int = 500
     """Images per generator, and as many real training images to hold them against."""
     features: tuple[str, ...] = ("classifier", "random")
-    """Judges of images: classifier, inception, random, or timm:<model>:<weights file>[:<input size>]."""
+    """Judges of images: classifier, inception[:<rule>], random, timm:<model>:<weights file>[:<input size>][:<rule>], or
+    timm:<model>:pretrained, the one entry that may fetch weights. A rule, by which images are resized, is tf1
+    (Inception's own), clean (bicubic, antialiased) or antialias (bilinear, antialiased; timm's)."""
     inception_weights: str | None = None
     """File of the FID Inception weights; absent: torch hub's checkpoint folder. Never downloaded."""
     reference: str = "equal"

@@ -27,7 +27,7 @@ SPLITS, SUBSETS, SUBSET_SIZE, SEED = 10, 100, 1000, 2020  # of torch-fidelity
 
 
 def data_facts(images: ImageSet) -> dict[str, Any]:
-    """What a protocol says of the data; size and crop must agree between two scores, the rest is told."""
+    """What a protocol says of the data; the size must agree between two scores, the rest is told."""
     told = images.identity()
     return {"size": images.size, "crop": told.get("crop"), "data": told}
 

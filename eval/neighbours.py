@@ -54,11 +54,11 @@ class Neighbours(NamedTuple):
     """Share nearer than QUANTILE of the held-out real images are; None where these are too few."""
 
 
-def open_archive(training: Pictures, held_out: Pictures | None, panel: Panel) -> Archive:
+def open_archive(training: Pictures, held_out: Pictures, panel: Panel) -> Archive:
     """What memorisation is judged by (every process must call it)."""
-    seen = [panel.see_main(pictures) for pictures in (training, held_out) if pictures is not None]
-    outputs = [each.outputs[panel.main.name] for each in seen]
-    return Archive(training, outputs[0], outputs[1] if held_out else None, [each.pixels for each in seen])
+    known, fresh = panel.see_main(training), panel.see_main(held_out)
+    name = panel.main.name
+    return Archive(training, known.outputs[name], fresh.outputs[name], [known.pixels, fresh.pixels])
 
 
 def score_neighbours(

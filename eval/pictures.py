@@ -37,14 +37,14 @@ class Pictures:
         for start in range(0, self.count, batch_size):
             yield self.load(start, min(start + batch_size, self.count))
 
-    def at(self, rows: np.ndarray, name: str | None = None) -> Pictures:
+    def at(self, rows: np.ndarray) -> Pictures:
         """The images at `rows` [n], in that order."""
 
         def load(start: int, stop: int) -> Tensor:
             return torch.cat([self.load(int(row), int(row) + 1) for row in rows[start:stop]])
 
         labels = None if self.labels is None else self.labels[torch.from_numpy(rows)]
-        return replace(self, name=name or self.name, count=len(rows), load=load, labels=labels)
+        return replace(self, count=len(rows), load=load, labels=labels)
 
 
 def drawn(images: ImageSet, indices: np.ndarray, *, name: str, workers: int = 2) -> Pictures:

@@ -86,6 +86,8 @@ def evaluate(
     )
     if "fid" in parts:
         check_enough_real(subject.train_set, eval)
+    if "probe" in parts:
+        check_counts(eval.probe, subject.train_set, subject.test_set)
     if "reconstruction" in parts:
         _check_lpips(eval, data.size, device)
     judges = [] if only == "probe" else open_extractors(eval, device, lambda: _classifier(subject))
@@ -171,20 +173,17 @@ def _score_generators(subject: Subject, panel: Panel, folders: Sequence[Drawn]) 
             name, folder, standard, panel, train_set=train_set, weights=weights_kind(config), archive=archive,
             sheet=subject.run.folder / "eval" / f"neighbours-{name}.png",
         )  # fmt: skip
-    for family in subject.families:
-        if family == "autoregressive":
-            records += _likelihood(subject, family)
-    return records
+    return records + (_likelihood(subject) if "autoregressive" in subject.families else [])
 
 
-def _likelihood(subject: Subject, family: str) -> list[Record]:
+def _likelihood(subject: Subject) -> list[Record]:
     entry = score_likelihood(
-        subject.generator(family),
+        subject.generator("autoregressive"),
         subject.tokenizer,
         subject.test_set,
         batch_size=subject.config.batch_size,
         device=subject.device,
-        weights=weights_kind(subject.families[family]),
+        weights=weights_kind(subject.families["autoregressive"]),
     )
     return [entry] if subject.device.is_main else []
 

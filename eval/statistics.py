@@ -13,7 +13,6 @@ from torch import Tensor
 
 GROUPS = 10
 REPEATS = 1000  # resamplings of a bootstrap
-CONFIDENCE = 0.95
 Z_975 = 1.959963984540054
 NOT_FINITE = "features that are not finite numbers cannot be scored: check the weights of the network that gave them"
 BLOCK = 1 << 22  # numbers held at once by what works in blocks: 32 MB of float64

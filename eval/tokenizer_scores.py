@@ -131,10 +131,8 @@ class Pairs:
         found = {name: mean_of(torch.cat(list(rows.values()))) for name, rows in self.values.items()}
         if not self.codes:
             return found
-        codes, num_codes = (
-            torch.cat(list(self.codes.values())),
-            self.tokenizer.vocab_size * self.tokenizer.quantizer.codes_per_token,
-        )
+        codes = torch.cat(list(self.codes.values()))
+        num_codes = self.tokenizer.vocab_size * self.tokenizer.quantizer.codes_per_token
         counts, shares = code_counts(codes, num_codes), batch_usage(codes, num_codes)
         found["usage"] = Estimate(usage(counts), None)
         found["perplexity"] = Estimate(perplexity(counts), None)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
+from engine.config import parse_yaml
 from engine.log import read_metrics
 from engine.shards import Shards, open_shards
 from eval.protocol import Record, read_scores
@@ -134,7 +135,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        found = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        found = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}

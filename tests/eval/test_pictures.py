@@ -59,8 +59,8 @@ def test_png_files_come_back_as_they_were_written(tmp_path: Path) -> None:
 
 def test_rows_of_a_set_are_a_set() -> None:
     whole = Pictures(name="whole", count=6, load=lambda a, b: images(6)[a:b], labels=torch.arange(6))
-    part = whole.at(np.array([4, 0, 5]), name="part")
-    assert (part.name, part.count) == ("part", 3)
+    part = whole.at(np.array([4, 0, 5]))
+    assert (part.name, part.count) == ("whole", 3)
     assert torch.equal(part.load(0, 3), images(6)[[4, 0, 5]])
     assert part.labels is not None and part.labels.tolist() == [4, 0, 5]
 

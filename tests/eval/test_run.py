@@ -251,6 +251,10 @@ def test_refusals(run: RunConfig) -> None:
         scores(run, "probe", dataclasses.replace(EVAL, probe=taps))
     with pytest.raises(ValueError, match="only='speed' must be"):
         scores(run, "speed")
+    greedy = dataclasses.replace(EVAL, probe=dataclasses.replace(EVAL.probe, knn_k=2000))
+    with pytest.raises(ValueError, match=r"eval\.probe\.knn_k=2000 neighbours"):
+        scores(run, config=greedy)
+    assert not (run.folder / "samples").exists()  # told before anything is drawn
 
 
 def test_all_training_images_or_a_file_may_be_the_reference(run: RunConfig, tmp_path: Path) -> None:
