@@ -42,7 +42,7 @@ def frechet_to(reference: Gaussian, *, root: Root = "nuclear") -> Callable[[Gaus
     Tr (A B)^1/2 is taken as the nuclear norm of A^1/2 B^1/2, which stays exact and real when a covariance is singular;
     or with `root="eigenvalues"` as the sum of the real parts of the roots of the eigenvalues of A B, as torch-fidelity
     does. The two agree to 1e-10 or better where there are more images than dimensions. Where there are fewer, rounding
-    of the eigenvalues 0 adds up, and the second is too small by about 3e-8 of the traces: below 0 for equal sets.
+    of the eigenvalues 0 adds up, and the second is too small by 3e-8 to 1e-6 of the traces: below 0 for equal sets.
 
     Raises:
         ValueError: no such root; and the result: the two have different dimensions.
