@@ -97,6 +97,8 @@ class TrainConfig:
     """Samples per optimiser step, over all processes and accumulation parts together."""
     accumulate: int = 1
     """Parts into which each process cuts its share of a batch, to save memory."""
+    optimizer: Literal["adamw", "radam"] = "adamw"
+    """adamw, or radam, which does without a warm-up (Liu et al., 2020); both with decoupled decay."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     final_learning_rate: float = 0.0
@@ -110,7 +112,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices; biases, norms and embeddings have none."""
     betas: tuple[float, float] = (0.9, 0.99)
-    """AdamW's betas."""
+    """The optimizer's betas."""
     clip_norm: float = 1.0
     """Largest gradient norm per network, a discriminator apart; 0 switches clipping off."""
     ema: float = 0.999

@@ -104,6 +104,7 @@ class ImageSet:
     def load(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, Tensor]:
         """The images at `indices` [B]: {"images": uint8 [B, 3, S, S], "labels": int64 [B]}.
 
+        Where there are captions, "rows" int64 [B] says which of them belong to the images.
         `draws`, float64 [B, 4] in [0, 1), say per image: mirror, scale, top, left of a random crop, as far as the
         set's crop and flip use them. None means centre crop and no mirror.
         An unreadable image gives way to the next readable one, with a warning.
@@ -137,7 +138,8 @@ class ImageSet:
 
     def _batch(self, indices: list[int], pixels: list[np.ndarray]) -> dict[str, Tensor]:
         images = np.stack(pixels) if pixels else np.empty((0, 3, self.size, self.size), np.uint8)
-        return {"images": torch.from_numpy(images), "labels": torch.from_numpy(self.labels[indices])}
+        rows = {} if self.captions is None else {"rows": torch.tensor(indices, dtype=torch.int64)}
+        return {"images": torch.from_numpy(images), "labels": torch.from_numpy(self.labels[indices]), **rows}
 
     def _nearest(self, index: int, draw: np.ndarray | None) -> tuple[int, np.ndarray]:
         """The image at `index`, or the first readable one after it, wrapping at the end."""

@@ -1,4 +1,4 @@
-"""Parameter groups, fused AdamW, and the learning rate as a pure function of the step."""
+"""Parameter groups, fused AdamW or RAdam, and the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from engine.config import TrainConfig
 MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 
 
-def adamw(module: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW in which only the weights of linear and convolution layers decay; each group carries its `peak_lr`."""
+def build_optimizer(module: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+    """Only the weights of linear and convolution layers decay, decoupled; each group carries its `peak_lr`."""
     matrices = {layer.weight for layer in module.modules() if isinstance(layer, MATRICES)}
     decayed = [p for p in module.parameters() if p.requires_grad and p in matrices]
     others = [p for p in module.parameters() if p.requires_grad and p not in matrices]
@@ -22,6 +22,8 @@ def adamw(module: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
         for parameters, weight_decay in ((decayed, train.weight_decay), (others, 0.0))
         if parameters
     ]
+    if train.optimizer == "radam":  # Liu et al., 2020; PyTorch has no fused one
+        return torch.optim.RAdam(groups, lr=train.learning_rate, betas=train.betas, decoupled_weight_decay=True)
     return torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.betas, fused=True)
 
 

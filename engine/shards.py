@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from engine.growing import GrowingArray
 
 REQUIRED_META = ("tokenizer_fingerprint", "grid", "vocab_size", "latent_shape", "class_names", "images")
 REMEDY = "run `tokenloom encode` again"
+CAPTIONS = "captions"  # the one kind of file that is a list of texts instead of an array
 
 
 class ShardWriter:
@@ -45,6 +47,8 @@ class ShardWriter:
         self._views, self._vocab_size = tuple(views), vocab_size
         self._rank, self._world, self._barrier = rank, world, barrier
         self._columns: dict[str, GrowingArray] = {}
+        self._captions: list[str] = []
+        self._kinds: list[str] = []
         if rank == 0:
             shutil.rmtree(self._partial, ignore_errors=True)
             self._partial.mkdir(parents=True)
@@ -56,8 +60,19 @@ class ShardWriter:
     def __exit__(self, *error: object) -> None:
         self._close_columns()
 
-    def append(self, *, labels: Tensor, codes: Tensor | None = None, latents: Tensor | None = None) -> None:
+    def append(
+        self,
+        *,
+        labels: Tensor,
+        codes: Tensor | None = None,
+        latents: Tensor | None = None,
+        smaller: Tensor | None = None,
+        captions: Sequence[str] | None = None,
+    ) -> None:
         """Adds B rows: labels int64 [B], codes int64 [B, V, T], latents float [B, V, C, h, w] stored as float16.
+
+        `smaller`, shaped and stored as the latents, are those of each view's smaller version, enlarged again.
+        `captions` are B texts, in which every line is an alternative.
 
         Raises:
             ValueError: a code outside the vocabulary, a latent that float16 cannot hold, or shapes that disagree.
@@ -67,17 +82,15 @@ class ShardWriter:
         rows = {"labels": labels.cpu().numpy().astype(np.int64)}
         if codes is not None:
             rows["codes"] = self._narrow_codes(codes.cpu().numpy())
-        if latents is not None:
-            rows["latents"] = _narrow_latents(latents.float().cpu().numpy())
-        for kind, values in rows.items():
-            if len(values) != len(labels) or (kind != "labels" and values.shape[1] != len(self._views)):
-                raise ValueError(f"{kind} {values.shape}: expected {len(labels)} rows of {len(self._views)} views")
-        if self._columns and self._columns.keys() != rows.keys():
-            raise ValueError(f"rows hold {sorted(rows)}, earlier ones {sorted(self._columns)}; append the same kinds")
+        for kind, given in (("latents", latents), ("smaller", smaller)):
+            if given is not None:
+                rows[kind] = _narrow_latents(given.float().cpu().numpy())
+        self._check_rows(rows, captions)
         for kind, values in rows.items():
             if kind not in self._columns:
                 self._columns[kind] = GrowingArray(self._partial / self._file_name(kind), values)
             self._columns[kind].append(values)
+        self._captions += captions or ()
 
     def close(self, meta: dict[str, Any]) -> Path:
         """Completes the folder. `meta` must hold REQUIRED_META; n, views, parts and dtypes are added here.
@@ -88,8 +101,11 @@ class ShardWriter:
         missing = [key for key in REQUIRED_META if key not in meta]
         if missing:
             raise ValueError(f"meta lacks {', '.join(missing)}")
-        part = {"n": self._close_columns(), "files": {kind: a.facts() for kind, a in self._columns.items()}}
-        write_json(self._partial / f"part-{self._rank:05d}.json", part)
+        number = self._close_columns()
+        files = {kind: column.facts() for kind, column in self._columns.items()}
+        if self._captions:
+            files[CAPTIONS] = self._write_captions()
+        write_json(self._partial / f"part-{self._rank:05d}.json", {"n": number, "files": files})
         self._barrier()
         if self._rank == 0:
             self._commit(meta)
@@ -101,8 +117,27 @@ class ShardWriter:
             column.close()
         return next((column.rows for column in self._columns.values()), 0)
 
-    def _file_name(self, kind: str) -> str:
-        return f"{kind}-{self._rank:05d}-of-{self._world:05d}.npy"
+    def _check_rows(self, rows: dict[str, np.ndarray], captions: Sequence[str] | None) -> None:
+        """Raise ValueError unless all kinds have one length and all views, and are the kinds of the first rows."""
+        number = len(rows["labels"])
+        for kind, values in rows.items():
+            if len(values) != number or (kind != "labels" and values.shape[1] != len(self._views)):
+                raise ValueError(f"{kind} {values.shape}: expected {number} rows of {len(self._views)} views")
+        if captions is not None and len(captions) != number:
+            raise ValueError(f"{len(captions)} captions for {number} rows: give one for each")
+        kinds = sorted([*rows, *([] if captions is None else [CAPTIONS])])
+        if self._kinds and self._kinds != kinds:
+            raise ValueError(f"rows hold {kinds}, earlier ones {self._kinds}; append the same kinds")
+        self._kinds = kinds
+
+    def _write_captions(self) -> dict[str, Any]:
+        """Write this process's texts, and tell of their file what is told of arrays."""
+        path = self._partial / self._file_name(CAPTIONS, "json")
+        write_json(path, self._captions)
+        return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
+
+    def _file_name(self, kind: str, suffix: str = "npy") -> str:
+        return f"{kind}-{self._rank:05d}-of-{self._world:05d}.{suffix}"
 
     def _narrow_codes(self, codes: np.ndarray) -> np.ndarray:
         if self._vocab_size is None:
@@ -141,6 +176,7 @@ class Shards:
         self._columns = {
             kind: [np.load(folder / part["files"][kind]["file"], mmap_mode="r") for part in meta["parts"]]
             for kind in meta["parts"][0]["files"]
+            if kind != CAPTIONS
         }
         self.labels: np.ndarray = np.concatenate(self._columns.pop("labels"))
 
@@ -151,17 +187,30 @@ class Shards:
         """What these codes are, however many processes wrote them; JSON-ready."""
         return {key: value for key, value in self.meta.items() if key not in ("parts", "complete")}
 
-    def load(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, Tensor]:
-        """{"codes": int64 [B, T], "latents": float32 [B, C, h, w], "labels": int64 [B]}; codes or latents if written.
+    @cached_property
+    def captions(self) -> list[str] | None:
+        """The texts of all rows, in each of which every line is an alternative; None if none were written."""
+        parts = [part["files"].get(CAPTIONS) for part in self.meta["parts"]]
+        if None in parts:
+            return None
+        texts = (json.loads((self.folder / facts["file"]).read_text(encoding="utf-8")) for facts in parts)
+        return [text for part in texts for text in part]
 
-        draws[:, 0] in [0, 1) picks the view of each row; None takes view 0.
+    def load(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, Tensor]:
+        """{"codes": int64 [B, T], "latents": float32 [B, C, h, w], "labels": int64 [B]}, what was written of it.
+
+        Where the smaller images were encoded too there is "smaller", as "latents"; where there are captions, "rows"
+        int64 [B] says which of them belong to the batch. draws[:, 0] in [0, 1) picks the view of each row; None takes
+        view 0.
         """
         indices = np.asarray(indices)
         views = np.zeros(len(indices), np.int64) if draws is None else (draws[:, 0] * len(self.views)).astype(np.int64)
         batch = {"labels": torch.from_numpy(self.labels[indices])}
-        for kind, dtype in (("codes", np.int64), ("latents", np.float32)):
+        for kind, dtype in (("codes", np.int64), ("latents", np.float32), ("smaller", np.float32)):
             if kind in self._columns:
                 batch[kind] = torch.from_numpy(self._gather(kind, indices, views).astype(dtype))
+        if CAPTIONS in self.meta["parts"][0]["files"]:
+            batch["rows"] = torch.from_numpy(indices.astype(np.int64))
         return batch
 
     def histogram(self) -> np.ndarray:

@@ -17,7 +17,7 @@ from engine.config import RunConfig, to_dict
 from engine.device import Device
 from engine.images import ImageSet, to_float
 from engine.loop import Task, fit
-from engine.optim import adamw
+from engine.optim import build_optimizer
 from engine.resume import is_finished
 from eval.config import ClassifierConfig
 from eval.statistics import Estimate, proportion
@@ -78,7 +78,7 @@ class ClassifierTask(Task):
         torch.manual_seed(config.seed)
         network = Classifier(config.widths, num_classes)
         self.modules = {"classifier": network}
-        self.optimizers = {"classifier": adamw(network, config.train)}
+        self.optimizers = {"classifier": build_optimizer(network, config.train)}
         self.averaged = ("classifier",)
         self.shift = config.shift
 

@@ -15,7 +15,7 @@ from eval.names import answers_to, base_name, chapter_of, rank
 from eval.protocol import IF_STATED, Record, read_scores, unlikeness
 
 FLOOR = "real"  # real images against other real ones: beside the models, and best of nothing
-BASELINES = (FLOOR, "pixels")  # alike in all runs on the same images
+BASELINES = (FLOOR, "pixels", "enlarged")  # alike in all runs on the same images
 HASH = re.compile("[0-9a-f]{32,}")
 Changes = dict[str, tuple[Any, Any]]  # dotted key of a protocol: the value compared with, the own value
 
@@ -113,7 +113,10 @@ def _models(path: Path, name: str) -> Iterator[Model]:
     found: dict[str, dict[str, Record]] = {}
     for entry in records:
         column = base_name(entry["name"])
-        if counts[entry["subject"], column] > 1 and "tap" in entry:
+        factor = (entry["protocol"].get("settings") or {}).get("low_resolution")
+        if factor:  # of an image restored from a smaller one, not from codes
+            column += f" at 1/{factor}"
+        if counts[entry["subject"], base_name(entry["name"])] > 1 and "tap" in entry:
             column += f" at {entry['tap']}"
         found.setdefault(entry["subject"], {})[column] = entry
     for subject, scores in found.items():

@@ -82,7 +82,7 @@ def score_samples(
         return []
     told = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
     labels = torch.tensor(told["labels"][: made.count])
-    facts = {**data_facts(train_set), **_sampling_facts(told, labels, weights)}
+    facts = {**data_facts(train_set), **sampling_facts(told, labels, weights)}
     main = panel.main.name
     records = sample_scores(subject, made, standard, panel.extractors, config=panel.config, main=main, facts=facts)
     judge_of_classes = next((each for each in panel.extractors if each.name == "classifier"), None)
@@ -96,9 +96,9 @@ def score_samples(
     return records
 
 
-def _sampling_facts(told: dict[str, Any], labels: Tensor, weights: str) -> dict[str, Any]:
+def sampling_facts(told: dict[str, Any], labels: Tensor, weights: str) -> dict[str, Any]:
     """What the protocol says of samples: how they were drawn, of which models and weights."""
-    optional = ("guide", "outside", "acceptance", "candidates", "classifier")
+    optional = ("condition", "guide", "outside", "acceptance", "candidates", "classifier")
     seeds = told["seeds"][: len(labels)]
     return {
         "labels": label_scheme(labels),

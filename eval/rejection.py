@@ -26,8 +26,10 @@ from eval.config import ClassifierConfig, check_acceptance
 from eval.features import Extractor, weights_hash
 from eval.pictures import numbered
 from generator.config import AutoregressiveConfig, DiffusionConfig
+from generator.inputs import choose_inputs
 from generator.sample import open_generator, sample, sample_request
 from generator.sample_folder import (
+    ROWS,
     Told,
     begins_with,
     check_replaceable,
@@ -35,6 +37,8 @@ from generator.sample_folder import (
     png_path,
     publish,
     read_samples,
+    rows_of,
+    without_rows,
 )
 from tokenizer.model import load_tokenizer
 
@@ -174,7 +178,9 @@ def _wish(
             "generator learned from"
         )
     count = num_candidates(chosen["num"], acceptance)
-    request = sample_request(generator, tokenizer, candidates=count, **chosen)
+    inputs = choose_inputs(generator, run, num=chosen["num"], label=chosen["label"])
+    how = {key: chosen[key] for key in ("config", "num", "seed")}
+    request = sample_request(generator, tokenizer, inputs=inputs, candidates=count, **how)
     facts = {"acceptance": acceptance, "candidates": count, "classifier": picker.fingerprint}
     return {**request, **facts}, tokenizer.image_size
 
@@ -207,7 +213,7 @@ def _keep_best(
     draft.mkdir(parents=True)
     for place, row in enumerate(rows):
         shutil.copyfile(png_path(pool, row), png_path(draft, place))
-    told = {**wish, **{key: [wish[key][row] for row in rows] for key in ("labels", "seeds")}}
+    told = {**wish, **{key: [wish[key][row] for row in rows] for key in ROWS if key in wish}}
     publish(draft, out, {**told, "probability": [round(math.exp(scores[row]), 6) for row in rows]})
 
 
@@ -217,9 +223,8 @@ def _is_there(told: Told | None, wish: Told, num: int) -> bool:
     if told is None or any(told.get(key) != wish[key] for key in facts):
         return False
     drawn = {key: value for key, value in told.items() if key != "acceptance"}
-    candidates = set(zip(wish["labels"], wish["seeds"], strict=True))
     return (
-        begins_with(drawn, {**wish, "labels": [], "seeds": []})
+        begins_with(drawn, without_rows(wish))
         and sorted(told["labels"]) == sorted(wish["labels"][:num])
-        and set(zip(told["labels"], told["seeds"], strict=True)) <= candidates
+        and {*rows_of(told)} <= {*rows_of(wish)}
     )

@@ -27,6 +27,7 @@ from eval.panel import Panel, cache_of, open_extractors
 from eval.pictures import drawn
 from eval.probe_scores import check_counts, score_probe
 from eval.protocol import Record, drop_scores, drop_stale, merge_scores
+from eval.restoration import ENLARGED, check_enough_test, score_restorations
 from eval.sample_sets import Drawn, draw_all, remove_unasked
 from eval.standard import named_reference, open_standard, training_pictures
 from eval.subject import Subject
@@ -86,6 +87,7 @@ def evaluate(
     )
     if "fid" in parts:
         check_enough_real(subject.train_set, eval)
+        check_enough_test(eval, diffusion if "diffusion" in families else None, subject.test_set)
     if "probe" in parts:
         check_counts(eval.probe, subject.train_set, subject.test_set)
     if "reconstruction" in parts:
@@ -103,7 +105,8 @@ def evaluate(
         found = _score(part, subject, panel, folders)
         if device.is_main:
             if part == "fid":
-                drop_scores(path, lambda entry: "@" in entry["subject"])  # some may no longer be asked for
+                # Some may no longer be asked for.
+                drop_scores(path, lambda entry: "@" in entry["subject"] or entry["subject"] == ENLARGED)
                 remove_unasked(subject, folders)
             merge_scores(path, found)
         records += found
@@ -173,6 +176,7 @@ def _score_generators(subject: Subject, panel: Panel, folders: Sequence[Drawn]) 
             name, folder, standard, panel, train_set=train_set, weights=weights_kind(config), archive=archive,
             sheet=subject.run.folder / "eval" / f"neighbours-{name}.png",
         )  # fmt: skip
+    records += score_restorations(subject, folders, panel)
     return records + (_likelihood(subject) if "autoregressive" in subject.families else [])
 
 

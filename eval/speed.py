@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,13 @@ from engine.sources import open_images
 from eval.bench import Bench, cut, table
 from eval.stopwatch import machine, seconds_of, time_calls
 from generator.autoregressive import VIM, build_network
-from generator.autoregressive_task import AutoregressiveTask
 from generator.card import generator_card
-from generator.condition import label_rows, spread_labels
+from generator.condition import condition_of, spread_labels
 from generator.config import AutoregressiveConfig, AutoregressiveSampleConfig, DiffusionConfig
 from generator.decoding import decode, guidance_at
 from generator.denoiser import DiT
 from generator.diffusion import Diffusion, build_denoiser
-from generator.diffusion_task import DiffusionTask
-from generator.train import reads_codes
+from generator.train import build_task, reads_codes
 from tokenizer.adversary import passes_per_step
 from tokenizer.config import TokenizerConfig
 from tokenizer.costs import training_passes, untrained
@@ -47,6 +45,7 @@ from tokenizer.perceptual import PERCEPTUAL_PASSES, open_perceptual
 from tokenizer.train import TokenizerTask
 
 RANDOM_ROWS = 512  # of codes, where the run has none yet
+CAPTION = "a picture of nothing"  # of random codes
 FIRST = 2  # codes or solver steps that are timed to guess how many fit
 
 
@@ -76,8 +75,9 @@ def speed(
     own = run.tokenizer is None
     fresh = Tokenizer(tokenizer.model, tokenizer.quantizer, image_size=data.size) if own else None
     model = (fresh or borrowed_tokenizer(run, data)).eval().requires_grad_(False)
+    told = [family.condition.kind for family in (autoregressive, diffusion) if family is not None]
     with tempfile.TemporaryDirectory() as folder:
-        shards, origin = usable_shards(run, model, images.class_names, Path(folder) / "codes")
+        shards, origin = usable_shards(run, model, images.class_names, Path(folder) / "codes", conditions=told)
         bench.read("code loading", shards, tokenizer.train.batch_size, data.workers, note=origin)
         if own and tokenizer.model.learned:
             measure_tokenizer(bench, tokenizer, images)
@@ -127,13 +127,13 @@ def measure_autoregressive_step(
     card = generator_card(config, shards, tokenizer)
     with torch.device("meta"):
         network = build_network(config.model, card)
-        inputs = torch.empty(1, network.length, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
-    forward, encodes = forward_flops(network, *inputs), not reads_codes(config)
+    codes, encodes = torch.zeros(1, network.length, dtype=torch.int64), not reads_codes(config)
+    forward = forward_flops(network, codes, condition_of(card).null(1))
     forward += round(encode_flops(tokenizer) / TRAINING_FACTOR) if encodes else 0
     bench.step(
         "autoregressive step", config, RandomImages(tokenizer.image_size) if encodes else shards,
         forward=forward, tokens=network.length, note="encodes its images, in fp32" if encodes else "",
-        build=lambda section: AutoregressiveTask(config=section, card=card, test_shards=shards, tokenizer=tokenizer),
+        build=lambda section: build_task(section, shards, card, test_shards=shards, tokenizer=tokenizer),
     )  # fmt: skip
 
 
@@ -146,14 +146,14 @@ def measure_decoding(bench: Bench, config: AutoregressiveConfig, card: dict[str,
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     bench.begin(name, dtype)
     network = build_network(config.model, card).to(device, dtype).eval().requires_grad_(False)
-    length, classes = network.length, network.num_classes
+    length = network.length
     most = code_flops(network, length) * rows_per_image(settings, length)
     batch = min(settings.batch_size, max(1, int(bench.affordable(most, 1 / 32))))
-    labels = label_rows(spread_labels(batch, classes), batch, classes).to(device)
+    null = condition_of(card).null(batch).to(device)  # which costs as much as any other
 
     def draw(codes: int) -> Tensor:
         uniforms = torch.rand(batch, codes, device=device)
-        return decode(packed(network, batch), labels, uniforms, settings, null_label=classes)
+        return decode(packed(network, batch), null, uniforms, settings, null=null)
 
     codes = _fitting(draw, length, bench)
     times = time_calls(lambda: draw(codes), device=bench.device, seconds=bench.seconds / 2)
@@ -165,10 +165,11 @@ def measure_decoding(bench: Bench, config: AutoregressiveConfig, card: dict[str,
 
 
 def code_flops(network: VIM, seen: float) -> float:
-    """Operations that decode one code of one row, which attends to the `seen` newest positions of its cache."""
-    one = torch.zeros(1, dtype=torch.int64)
-    least, most = (forward_flops(NextCode(network, window), one[:, None], one) for window in (1, network.length))
-    return least + (most - least) * (seen - 1) / max(1, network.length - 1)  # attention is linear in what it sees
+    """Operations that decode one code of one row, which attends to the `seen` newest positions of its cache, and to the
+    tokens of a condition that lead them."""
+    one, whole = torch.zeros(1, dtype=torch.int64), network.leading + network.length
+    least, most = (forward_flops(NextCode(network, window), one[:, None], one) for window in (1, whole))
+    return least + (most - least) * (network.leading + seen - 1) / max(1, whole - 1)  # linear in what attention sees
 
 
 def rows_per_image(settings: AutoregressiveSampleConfig, codes: int) -> float:
@@ -178,12 +179,15 @@ def rows_per_image(settings: AutoregressiveSampleConfig, codes: int) -> float:
 
 
 def measure_diffusion_step(bench: Bench, config: DiffusionConfig, shards: Shards, tokenizer: Tokenizer) -> None:
-    """Training steps of the diffusion generator."""
+    """Training steps of the diffusion generator; a consistency model is its own teacher, by one more forward pass."""
+    card = generator_card(config, shards, tokenizer)
     with torch.device("meta"):
-        network = build_denoiser(config.model, generator_card(config, shards, tokenizer))
+        network = build_denoiser(config.model, card)
+    forward = denoiser_flops(network, condition_of(card).null(1))
+    forward += round(forward / TRAINING_FACTOR) if config.objective.kind == "consistency" else 0
     bench.step(
-        "diffusion step", config, shards, forward=denoiser_flops(network), tokens=math.prod(network.grid),
-        build=lambda section: DiffusionTask(config=section, shards=shards, test_shards=shards, tokenizer=tokenizer),
+        "diffusion step", config, shards, forward=forward, tokens=math.prod(network.grid),
+        build=lambda section: build_task(section, shards, card, test_shards=shards, tokenizer=tokenizer),
     )  # fmt: skip
 
 
@@ -195,10 +199,11 @@ def measure_solving(bench: Bench, config: DiffusionConfig, card: dict[str, Any])
     name, device = "diffusion sampling", bench.device.device
     bench.begin(name, torch.float32)
     generator = Diffusion(build_denoiser(config.model, card), card).to(device).eval().requires_grad_(False)
-    flops = denoiser_flops(generator.network)
+    flops = denoiser_flops(generator.network, generator.condition.null(1))
     batch = min(config.sample.batch_size, max(1, int(bench.affordable(2 * flops, 1 / 32))))
-    labels = spread_labels(batch, generator.num_classes)
-    sample, total = config.sample, len(config.sample.levels) or config.sample.num_steps
+    told = spread_labels(batch, generator.num_classes) if generator.condition.kind == "class" else None
+    sample = config.sample.previewed  # no levels are optimised for random weights
+    total = len(sample.levels) or sample.num_steps
     alone = "" if sample.guide is None else "without its guide"
     sample = replace(sample, guide=None, outside=None, guidance=1.0 if alone else sample.guidance)
     evaluated: list[int] = []  # rows of each call of the network
@@ -207,7 +212,7 @@ def measure_solving(bench: Bench, config: DiffusionConfig, card: dict[str, Any])
     def draw(steps: int) -> Tensor:
         evaluated.clear()
         settings = asdict(replace(sample, num_steps=steps, levels=sample.levels[:steps], batch_size=batch))
-        return generator.sample(labels, range(batch), **settings)
+        return generator.sample(told, range(batch), **settings)
 
     steps = _fitting(draw, total, bench)
     times = time_calls(lambda: draw(steps), device=bench.device, seconds=bench.seconds / 2)
@@ -218,10 +223,9 @@ def measure_solving(bench: Bench, config: DiffusionConfig, card: dict[str, Any])
     )  # fmt: skip
 
 
-def denoiser_flops(network: DiT) -> int:
-    """Operations of one call on one image."""
-    latents, one = torch.empty(1, *network.latent_shape), torch.empty(1)
-    return forward_flops(network, latents, one, one.long())
+def denoiser_flops(network: DiT, condition: Tensor) -> int:
+    """Operations of one call on one image, of which one row [1, ...] is told."""
+    return forward_flops(network, torch.empty(1, *network.latent_shape), torch.empty(1), condition)
 
 
 def _fitting(draw: Callable[[int], Tensor], most: int, bench: Bench) -> int:
@@ -258,13 +262,22 @@ class RandomImages:
         return {
             "images": self.images[torch.from_numpy(indices)],
             "labels": torch.zeros(len(indices), dtype=torch.int64),
+            "rows": torch.zeros(len(indices), dtype=torch.int64),
         }
 
 
 def usable_shards(
-    run: RunConfig, tokenizer: Tokenizer, class_names: tuple[str, ...], folder: Path
+    run: RunConfig,
+    tokenizer: Tokenizer,
+    class_names: tuple[str, ...],
+    folder: Path,
+    *,
+    conditions: Collection[str] = (),
 ) -> tuple[Shards, str]:
-    """The run's own codes if they have the tokenizer's sizes, else random ones written to `folder`, and which it is."""
+    """The run's own codes if they have the tokenizer's sizes, else random ones written to `folder`, and which it is.
+
+    Random ones have what these kinds of conditions are made of.
+    """
     own = run.tokenizer_folder / "codes" / "train"
     sizes = {
         "grid": list(tokenizer.grid),
@@ -280,6 +293,10 @@ def usable_shards(
         for label in labels.split(64):
             shape = len(label), 1, tokenizer.length
             codes = torch.randint(tokenizer.vocab_size, shape) if tokenizer.vocab_size else None
-            writer.append(labels=label, codes=codes, latents=torch.randn(len(label), 1, *tokenizer.latent_shape))
-        writer.close({**sizes, "tokenizer_fingerprint": "", "class_names": list(class_names), "images": {}})
+            latents = torch.randn(len(label), 1, *tokenizer.latent_shape)
+            told: dict[str, Any] = {"smaller": latents} if "image" in conditions else {}
+            told |= {"captions": len(label) * [CAPTION]} if "text" in conditions else {}
+            writer.append(labels=label, codes=codes, latents=latents, **told)
+        reduced = {"low_resolution": 2} if "image" in conditions else {}
+        writer.close({**sizes, **reduced, "tokenizer_fingerprint": "", "class_names": list(class_names), "images": {}})
     return open_shards(folder), "random codes"

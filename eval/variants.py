@@ -76,8 +76,8 @@ def check_samplings(config: EvalConfig, families: Mapping[str, GeneratorConfig],
         dropout = section.model.label_dropout
         try:
             if getattr(section.sample, "guide", None) is None:  # another network that guides needs no null label
-                known = 0 if dropout == 1 else classes
-                check_guidance(family, section.sample.guidance, num_classes=known, label_dropout=dropout)
+                guidable = dropout != 1 and (classes > 0 or section.condition.kind != "class")
+                check_guidance(family, section.sample.guidance, guidable=guidable, label_dropout=dropout)
             if isinstance(section, DiffusionConfig):
                 _check_weights(section, run / family)
         except ValueError as error:

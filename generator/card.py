@@ -14,7 +14,7 @@ from generator.condition import null_unknown
 from generator.config import AutoregressiveConfig, DiffusionConfig
 from tokenizer.model import Tokenizer
 
-TRAINING = ("codes", "order", "train", "sample")  # keys that say how, not what: told beside the config
+TRAINING = ("codes", "order", "align", "train", "sample")  # keys that say how, not what: told beside the config
 
 
 def family_of(config: AutoregressiveConfig | DiffusionConfig) -> str:
@@ -35,7 +35,7 @@ def generator_card(
     names = list(source.meta["class_names"] if isinstance(source, Shards) else source.class_names)
     null_unknown(torch.from_numpy(source.labels), len(names))
     told = to_dict(config)
-    names = [] if config.model.label_dropout == 1 else names
+    names = [] if config.model.label_dropout == 1 and config.condition.kind == "class" else names
     return {
         "kind": "generator",
         "family": family_of(config),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypeVar
 
 from engine.config import TrainConfig
+from generator.align_config import AlignConfig, check_align
+from generator.checks import check_at_least, check_choices, check_finite, check_scale, check_share
+from generator.condition_config import ConditionConfig
+from generator.consistency_config import ObjectiveConfig, check_objective
+from generator.learned_config import LearnedScheduleConfig, check_learned
 
 Section = TypeVar("Section")
 
@@ -46,7 +50,7 @@ class AutoregressiveModelConfig:
     dropout: float = 0.1
     """Dropout on residual branches, MLP activations and attention weights."""
     label_dropout: float = 0.1
-    """Share of labels replaced by the null label in training: needed for guidance; 1 trains without labels."""
+    """Share of labels, texts or images that are hidden in training: needed for guidance; 1 trains without labels."""
     block: Literal["vim", "modern"] = "vim"
     """The published block (LayerNorm, GELU, biases), or a modern one: RMSNorm, SwiGLU, QK-norm, two-dimensional rotary
     positions, no biases."""
@@ -61,7 +65,7 @@ class AutoregressiveModelConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"autoregressive.model.dropout={self.dropout} must lie in [0, 1)")
-        _check_share("autoregressive.model.label_dropout", self.label_dropout)
+        check_share("autoregressive.model.label_dropout", self.label_dropout)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -98,11 +102,11 @@ class AutoregressiveSampleConfig:
     """Compile the one-code step with torch.compile: pays off for a few rows at a time and many steps in one process."""
 
     def __post_init__(self) -> None:
-        _check_choices("autoregressive.sample", self)
-        _check_at_least("autoregressive.sample.temperature", self.temperature, 0)
-        _check_at_least("autoregressive.sample.top_k", self.top_k, 0)
-        _check_at_least("autoregressive.sample.guidance", self.guidance, 0)
-        _check_at_least("autoregressive.sample.batch_size", self.batch_size, 1)
+        check_choices("autoregressive.sample", self)
+        check_at_least("autoregressive.sample.temperature", self.temperature, 0)
+        check_at_least("autoregressive.sample.top_k", self.top_k, 0)
+        check_at_least("autoregressive.sample.guidance", self.guidance, 0)
+        check_at_least("autoregressive.sample.batch_size", self.batch_size, 1)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"autoregressive.sample.top_p={self.top_p} must lie in (0, 1]; 1 keeps all codes")
         self._check_schedule()
@@ -145,11 +149,18 @@ class OrderConfig:
 @dataclass(frozen=True, kw_only=True)
 class AutoregressiveConfig:
     model: AutoregressiveModelConfig = field(default_factory=AutoregressiveModelConfig)
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
+    """What the generator is told about an image."""
     codes: Literal["cached", "on_the_fly"] = "cached"
     """Train on the codes that `encode` wrote, or augment and encode the images of each step anew."""
     order: OrderConfig = field(default_factory=OrderConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(betas=(0.9, 0.96), weight_decay=0.045))
     sample: AutoregressiveSampleConfig = field(default_factory=AutoregressiveSampleConfig)
+
+    def __post_init__(self) -> None:
+        if self.condition.kind == "image":
+            raise ValueError("autoregressive.condition.kind=image: only diffusion takes images; use class or text")
+        _check_condition("autoregressive", self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +178,7 @@ class DenoiserModelConfig:
     mlp_ratio: int = 4
     """Hidden width of the MLP over the width."""
     label_dropout: float = 0.1
-    """Share of labels replaced by the null label in training: needed for guidance; 1 trains without labels."""
+    """Share of labels, texts or images that are hidden in training: needed for guidance; 1 trains without labels."""
     qk_norm: bool = False
     """Normalise queries and keys in each head (RMSNorm)."""
     rope: bool = False
@@ -177,8 +188,8 @@ class DenoiserModelConfig:
 
     def __post_init__(self) -> None:
         _check_transformer("diffusion.model", self.shape, self.mlp_ratio)
-        _check_at_least("diffusion.model.patch_size", self.patch_size, 1)
-        _check_share("diffusion.model.label_dropout", self.label_dropout)
+        check_at_least("diffusion.model.patch_size", self.patch_size, 1)
+        check_share("diffusion.model.label_dropout", self.label_dropout)
         _, width, heads = self.shape
         if self.rope and width // heads % 4:
             raise ValueError(
@@ -192,12 +203,13 @@ class DenoiserModelConfig:
         return _shape(self, DENOISER_PRESETS[self.preset])
 
 
-ScheduleKind = Literal["ddpm", "iddpm", "cosine", "laplace", "cauchy", "edm", "uniform_time", "logit_normal"]
+FixedScheduleKind = Literal["ddpm", "iddpm", "cosine", "laplace", "cauchy", "edm", "uniform_time", "logit_normal"]
+ScheduleKind = Literal["ddpm", "iddpm", "cosine", "laplace", "cauchy", "edm", "uniform_time", "logit_normal", "learned"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixedScheduleConfig:
-    kind: ScheduleKind = "cosine"
+    kind: FixedScheduleKind = "cosine"
     """As schedule.kind."""
     location: float | None = None
     """As schedule.location."""
@@ -207,8 +219,8 @@ class MixedScheduleConfig:
     """Share of the draws that come from it."""
 
     def __post_init__(self) -> None:
-        _check_finite("diffusion.schedule.mixed", self)
-        _check_scale("diffusion.schedule.mixed.scale", self.scale)
+        check_finite("diffusion.schedule.mixed", self)
+        check_scale("diffusion.schedule.mixed.scale", self.scale)
         if not 0 < self.share < 1:
             raise ValueError(f"diffusion.schedule.mixed.share={self.share} must lie between 0 and 1")
 
@@ -217,7 +229,8 @@ class MixedScheduleConfig:
 class ScheduleConfig:
     kind: ScheduleKind = "cosine"
     """Which log SNRs are trained on, and how often: those of linear DDPM or of iDDPM's cosine, both of 1,000 steps, the
-    plain cosine, Laplace, Cauchy, EDM's normal, uniform (FM-OT) or logit-normal times of the linear flow."""
+    plain cosine, Laplace, Cauchy, EDM's normal, uniform (FM-OT) or logit-normal times of the linear flow; or a schedule
+    that is learned along with the network (CVDM, della Maggiora et al., 2024)."""
     location: float | None = None
     """Centre in log SNR, the kind's own if absent; cosine with a location is the shifted cosine. A logit-normal mean m
     of the flow time is -2 m here; ddpm and iddpm are moved by it."""
@@ -228,15 +241,24 @@ class ScheduleConfig:
     """Rescale ddpm or iddpm so that their last step has no signal at all (Lin et al., 2024)."""
     mixed: MixedScheduleConfig | None = None
     """A second schedule, from which a share of the draws comes."""
+    learned: LearnedScheduleConfig = field(default_factory=LearnedScheduleConfig)
+    """The schedule of kind=learned."""
 
     def __post_init__(self) -> None:
-        _check_finite("diffusion.schedule", self)
-        _check_scale("diffusion.schedule.scale", self.scale)
+        check_finite("diffusion.schedule", self)
+        check_scale("diffusion.schedule.scale", self.scale)
         if self.zero_terminal and self.kind not in ("ddpm", "iddpm"):
             raise ValueError(
                 "diffusion.schedule.zero_terminal rescales the last step of ddpm and iddpm, but"
                 f" kind={self.kind} has no last step: leave it out"
             )
+        if self.kind != "learned" and self.learned != LearnedScheduleConfig():
+            raise ValueError(
+                f"diffusion.schedule.learned has no effect with kind={self.kind}: set diffusion.schedule.kind=learned"
+            )
+        for name in ("location", "scale", "mixed"):
+            if self.kind == "learned" and getattr(self, name) is not None:
+                raise ValueError(f"diffusion.schedule.{name} has no place in kind=learned: leave it out")
 
 
 STAGED = ("easy_to_hard", "anti")  # curricula that go through the clusters stage by stage
@@ -283,8 +305,8 @@ class CurriculumConfig:
     """Progressive: log SNR by which it is moved at the last step; linear in between. Below start noise grows."""
 
     def __post_init__(self) -> None:
-        _check_choices("diffusion.curriculum", self)
-        _check_finite("diffusion.curriculum", self)
+        check_choices("diffusion.curriculum", self)
+        check_finite("diffusion.curriculum", self)
         standard = {each.name: each.default for each in fields(self)}
         for name, kinds in CURRICULUM_KEYS.items():
             if self.kind not in kinds and getattr(self, name) != standard[name]:
@@ -292,15 +314,15 @@ class CurriculumConfig:
                     f"diffusion.curriculum.{name}={getattr(self, name)} has no effect with kind={self.kind}: set"
                     f" diffusion.curriculum.kind={' or '.join(kinds)}"
                 )
-        _check_at_least("diffusion.curriculum.num_clusters", self.num_clusters, 1)
+        check_at_least("diffusion.curriculum.num_clusters", self.num_clusters, 1)
         if self.num_clusters > 100:
             raise ValueError(f"diffusion.curriculum.num_clusters={self.num_clusters} must be at most 100")
         if not 1 <= self.cluster <= self.num_clusters:
             raise ValueError(
                 f"diffusion.curriculum.cluster={self.cluster} must be one of 1 .. {self.num_clusters} (num_clusters)"
             )
-        _check_at_least("diffusion.curriculum.patience", self.patience, 0)
-        _check_at_least("diffusion.curriculum.min_improvement", self.min_improvement, 0)
+        check_at_least("diffusion.curriculum.patience", self.patience, 0)
+        check_at_least("diffusion.curriculum.min_improvement", self.min_improvement, 0)
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"diffusion.curriculum.smoothing={self.smoothing} must lie in [0, 1); 0 is the raw loss")
         if not 0 < self.threshold < 1:
@@ -314,7 +336,7 @@ class CurriculumConfig:
 
     def _check_pacing(self) -> None:
         if self.stage_steps is not None:
-            _check_at_least("diffusion.curriculum.stage_steps", self.stage_steps, 1)
+            check_at_least("diffusion.curriculum.stage_steps", self.stage_steps, 1)
         if self.pacing == "patience":
             return
         if self.stage_steps is None:
@@ -341,17 +363,26 @@ class CurriculumConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionSampleConfig:
-    solver: Literal["ddpm", "ddim", "euler", "heun", "dpmpp_2m", "sde_dpmpp_2m", "euler_maruyama"] = "ddim"
+    solver: Literal["ddpm", "ddim", "euler", "heun", "dpmpp_2m", "sde_dpmpp_2m", "euler_maruyama", "consistency"] = (
+        "ddim"
+    )
     """How to go from noise to latents: ancestral DDPM; DDIM with its eta; Euler and Heun along the linear flow's ODE;
     DPM-Solver++(2M) and its stochastic form; Euler-Maruyama along the linear flow's SDE. heun and dpmpp_2m are of
-    second order; heun alone calls the network twice a step."""
+    second order; heun alone calls the network twice a step. consistency, of objective.kind=consistency, goes to the end
+    in each step and back to the next level with fresh noise."""
     num_steps: int = 50
     """Steps of the solver; steps=list has as many as it names."""
-    steps: Literal["cosine", "flow", "time", "logsnr", "karras", "list"] = "cosine"
+    steps: Literal[
+        "cosine", "flow", "time", "logsnr", "karras", "list", "aligned", "sd15", "sdxl", "deepfloyd", "svd"
+    ] = "cosine"
     """Where the solver stops: at equal distances in cosine time, in linear-flow time, in the training schedule's own
-    time (where a curriculum has moved it in the end), in log SNR, in EDM's sigma^(1 / rho), or at `levels`."""
+    time (where a curriculum has moved it in the end), in log SNR, in EDM's sigma^(1 / rho), or at `levels`; aligned:
+    where `tokenloom steps` has found it best for the trained network (Align Your Steps; until then previews take
+    karras); or where this was published for Stable Diffusion 1.5 or XL, DeepFloyd, or Stable Video
+    Diffusion."""
     first_logsnr: float = -10.0
-    """Log SNR at which sampling starts from pure noise; steps=list starts at its own first."""
+    """Log SNR at which sampling starts from pure noise; steps list, aligned and the published ones start at their own
+    first. Where it is left at -10, solver=consistency starts at objective.sigma_max."""
     from_zero_snr: bool = False
     """Start where there is no signal at all instead of at first_logsnr, for a network that was trained there
     (schedule.zero_terminal); steps cosine, flow, time and list have such a level."""
@@ -389,9 +420,9 @@ class DiffusionSampleConfig:
     """Samples denoised together; changes speed and memory, never a sample's noise."""
 
     def __post_init__(self) -> None:
-        _check_choices("diffusion.sample", self)
-        _check_finite("diffusion.sample", self, "; from_zero_snr=true starts without any signal")
-        _check_at_least("diffusion.sample.num_steps", self.num_steps, 1)
+        check_choices("diffusion.sample", self)
+        check_finite("diffusion.sample", self, "; from_zero_snr=true starts without any signal")
+        check_at_least("diffusion.sample.num_steps", self.num_steps, 1)
         if not self.first_logsnr < self.last_logsnr:
             raise ValueError(
                 f"diffusion.sample.first_logsnr={self.first_logsnr} must lie below last_logsnr={self.last_logsnr}"
@@ -400,9 +431,9 @@ class DiffusionSampleConfig:
             raise ValueError(f"diffusion.sample.eta={self.eta} must lie in [0, 1]")
         if self.eta and self.solver != "ddim":
             raise ValueError(f"diffusion.sample.eta={self.eta} needs solver=ddim: {self.solver} has no eta")
-        _check_at_least("diffusion.sample.guidance", self.guidance, 0)
-        _check_at_least("diffusion.sample.batch_size", self.batch_size, 1)
-        _check_share("diffusion.sample.guidance_rescale", self.guidance_rescale)
+        check_at_least("diffusion.sample.guidance", self.guidance, 0)
+        check_at_least("diffusion.sample.batch_size", self.batch_size, 1)
+        check_share("diffusion.sample.guidance_rescale", self.guidance_rescale)
         if self.guidance_first is not None and self.guidance_last is not None:
             if not self.guidance_first < self.guidance_last:
                 raise ValueError(
@@ -417,6 +448,11 @@ class DiffusionSampleConfig:
             raise ValueError(f"diffusion.sample.ema_width={self.ema_width} must lie between 0 and 0.28")
         self._check_steps()
 
+    @property
+    def previewed(self) -> DiffusionSampleConfig:
+        """How previews of the training sample, when no levels have been optimised yet."""
+        return replace(self, steps="karras") if self.steps == "aligned" else self
+
     def _check_steps(self) -> None:
         if (self.steps == "list") != bool(self.levels):
             raise ValueError(
@@ -429,13 +465,17 @@ class DiffusionSampleConfig:
             raise ValueError(f"diffusion.sample.rho={self.rho} must be positive")
         if self.rho != 7 and self.steps != "karras":
             raise ValueError(f"diffusion.sample.rho={self.rho} has no effect with steps={self.steps}: it is of karras")
-        if self.from_zero_snr and self.steps in ("logsnr", "karras"):
+        if self.from_zero_snr and self.steps not in ("cosine", "flow", "time", "list"):
             raise ValueError(f"diffusion.sample.from_zero_snr has no place in steps={self.steps}: use cosine or flow")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
     model: DenoiserModelConfig = field(default_factory=DenoiserModelConfig)
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
+    """What the generator is told about an image."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """What the network is trained for."""
     path: Literal["vp", "flow", "gvp", "ve"] = "vp"
     """How signal and noise mix: variance preserving; a straight line between them; vp with the quarter circle as its
     time; or variance exploding with EDM's scaled input."""
@@ -452,18 +492,24 @@ class DiffusionConfig:
     """Gamma of min_snr and soft_min_snr, 5 if absent, or of p2, 1 if absent."""
     sigma_data: float = 1.0
     """Standard deviation of the latents in EDM's preconditioning and weight; tokenizers normalise it to 1."""
+    align: AlignConfig | None = None
+    """Optimise where a solver stops as soon as the network is trained, for sample.steps=aligned; absent: only when
+    `tokenloom steps` is called."""
     train: TrainConfig = field(default_factory=lambda: TrainConfig(learning_rate=5e-4))
     sample: DiffusionSampleConfig = field(default_factory=DiffusionSampleConfig)
 
     def __post_init__(self) -> None:
-        _check_finite("diffusion", self)
+        check_finite("diffusion", self)
+        _check_condition("diffusion", self)
         if not self.sigma_data > 0:
             raise ValueError(f"diffusion.sigma_data={self.sigma_data} must be positive")
-        if self.sigma_data != 1 and not (self.path == "ve" or self.target == "F" or self.weight == "edm"):
+        edm = self.path == "ve" or self.target == "F" or self.weight == "edm"
+        if self.sigma_data != 1 and not (edm or self.objective.kind == "consistency"):
             raise ValueError(
                 f"diffusion.sigma_data={self.sigma_data} has no effect with path={self.path}, target={self.target},"
                 f" weight={self.weight}: it is of path=ve, target=F and weight=edm"
             )
+        check_objective(self)
         if self.weight_gamma is not None and self.weight not in ("min_snr", "soft_min_snr", "p2"):
             raise ValueError(f"diffusion.weight_gamma={self.weight_gamma} has no effect with weight={self.weight}")
         if self.weight_gamma is not None and not self.weight_gamma > 0:
@@ -479,6 +525,10 @@ class DiffusionConfig:
                 f"diffusion.sample.outside={self.sample.outside!r} has no effect with curriculum.kind="
                 f"{self.curriculum.kind}: such a network serves all noise levels itself"
             )
+        if self.schedule.kind == "learned":
+            check_learned(self)
+        if self.align is not None:
+            check_align(self)
         noise = self.target == "eps" or (self.target == "velocity" and self.path == "ve")  # by either name
         if noise and (self.schedule.zero_terminal or self.sample.from_zero_snr):
             key = "schedule.zero_terminal" if self.schedule.zero_terminal else "sample.from_zero_snr"
@@ -501,6 +551,14 @@ def read_settings(kind: type[Section], key: str, settings: dict[str, Any]) -> Se
     return kind(**settings)
 
 
+def _check_condition(family: str, config: Any) -> None:
+    if config.condition.kind == "text" and config.model.label_dropout == 1:
+        raise ValueError(
+            f"{family}.model.label_dropout=1 would hide every text from a generator with condition.kind=text: set it"
+            " below 1, or kind=class"
+        )
+
+
 def _shape(config: Any, preset: tuple[int, int, int]) -> tuple[int, int, int]:
     given = (config.depth, config.width, config.heads)
     depth, width, heads = (standard if value is None else value for value, standard in zip(given, preset, strict=True))
@@ -509,39 +567,7 @@ def _shape(config: Any, preset: tuple[int, int, int]) -> tuple[int, int, int]:
 
 def _check_transformer(key: str, shape: tuple[int, int, int], mlp_ratio: int) -> None:
     for name, value in zip(("depth", "width", "heads", "mlp_ratio"), (*shape, mlp_ratio), strict=True):
-        _check_at_least(f"{key}.{name}", value, 1)
+        check_at_least(f"{key}.{name}", value, 1)
     _, width, heads = shape
     if width % heads:
         raise ValueError(f"{key}.width={width} must be a multiple of {key}.heads={heads}")
-
-
-def _check_choices(key: str, config: Any) -> None:
-    """Raise ValueError unless each field of a Literal type holds one of its choices: calls from Python may not."""
-    for name, kind in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if get_origin(kind) is Literal and value not in get_args(kind):
-            raise ValueError(f"{key}.{name}={value!r} must be one of {', '.join(map(str, get_args(kind)))}")
-
-
-def _check_finite(key: str, config: Any, remedy: str = "") -> None:
-    """Raise ValueError if a number of a section is infinite or none; YAML knows such."""
-    for each in fields(config):
-        value = getattr(config, each.name)
-        numbers = value if isinstance(value, (tuple, list)) else (value,)
-        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-            raise ValueError(f"{key}.{each.name}={value} must be finite{remedy}")
-
-
-def _check_at_least(key: str, value: float, least: float) -> None:
-    if not value >= least:
-        raise ValueError(f"{key}={value} must be at least {least}")
-
-
-def _check_scale(key: str, scale: float | None) -> None:
-    if scale is not None and not scale > 0:
-        raise ValueError(f"{key}={scale} must be positive")
-
-
-def _check_share(key: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{key}={value} must lie in [0, 1]")

@@ -20,9 +20,13 @@ KINDS = 64  # of compiled steps that one process may make: numbers of rows, prec
 class Decoder(Protocol):
     """What decoding asks of a network."""
 
+    @property
+    def leading(self) -> int:
+        """How many positions a condition takes in the caches before position 0."""
+
     def caches(self, batch_size: int) -> list[KVCache]: ...
 
-    def advance(self, codes: Tensor, labels: Tensor | None, position: Tensor, caches: list[KVCache]) -> Tensor: ...
+    def advance(self, codes: Tensor, condition: Tensor | None, position: Tensor, caches: list[KVCache]) -> Tensor: ...
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -99,15 +103,15 @@ def seeded_uniforms(seeds: Sequence[int], length: int) -> Tensor:
 
 def decode(
     decoder: Decoder,
-    labels: Tensor,
+    condition: Tensor,
     uniforms: Tensor,
     settings: AutoregressiveSampleConfig,
     *,
-    null_label: int,
+    null: Tensor,
     prefix: Tensor | None = None,
 ) -> Tensor:
     """All codes [B, T] at once; arguments as of `stream`."""
-    steps = stream(decoder, labels, uniforms, settings, null_label=null_label, prefix=prefix)
+    steps = stream(decoder, condition, uniforms, settings, null=null, prefix=prefix)
     [(_, codes)] = deque(steps, maxlen=1)
     return codes
 
@@ -115,27 +119,28 @@ def decode(
 @torch.no_grad()
 def stream(
     decoder: Decoder,
-    labels: Tensor,
+    condition: Tensor,
     uniforms: Tensor,
     settings: AutoregressiveSampleConfig,
     *,
-    null_label: int,
+    null: Tensor,
     prefix: Tensor | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Code after code: yields how many stand, and all codes [B, T], a tensor that the later ones are written into.
 
-    `uniforms` [B, T] decide every choice after the label [B] and a given `prefix` [B, P] of codes. Where guidance is 1,
-    nothing is spent on it; elsewhere the null label's rows double the batch, and catch up with the others first.
+    `uniforms` [B, T] decide every choice after the rows of the condition [B, ...] and a given `prefix` [B, P] of codes.
+    Where guidance is 1, nothing is spent on it; elsewhere the rows `null`, of no condition and shaped alike, double the
+    batch, and catch up with the others first.
     """
     batch_size, length = uniforms.shape
     scales = [guidance_at(step / length, settings) for step in range(length)]
-    codes = labels.new_zeros(batch_size, length)  # [B, T]
+    codes = torch.zeros(batch_size, length, dtype=torch.int64, device=uniforms.device)  # [B, T]
     done = 0 if prefix is None else prefix.shape[1]
     if prefix is not None:
         codes[:, :done] = prefix
     guided = any(scale != 1 for scale in scales[done:])
-    rows = [labels, torch.full_like(labels, null_label)] if guided else [labels]
-    reader = _Reader(decoder, torch.cat(rows), codes, compiled=settings.compile)
+    rows = torch.cat([condition, null]) if guided else condition
+    reader = _Reader(decoder, rows, codes, compiled=settings.compile)
     for step in range(done, length):
         logits = guide(reader.both(step), scales[step]) if scales[step] != 1 else reader.conditional(step)
         codes[:, step] = choose(logits, uniforms[:, step], settings)
@@ -145,12 +150,12 @@ def stream(
 class _Reader:
     """Reads codes into the caches: conditional rows 0 .. B - 1 and, where guided, null rows B .. 2B - 1."""
 
-    def __init__(self, decoder: Decoder, labels: Tensor, codes: Tensor, *, compiled: bool) -> None:
+    def __init__(self, decoder: Decoder, condition: Tensor, codes: Tensor, *, compiled: bool) -> None:
         self.advance = decoder.advance
         self.advance_one = torch.compile(decoder.advance, fullgraph=True) if compiled else None
-        self.labels, self.codes = labels, codes
+        self.condition, self.codes, self.leading = condition, codes, decoder.leading
         self.batch_size, self.length = codes.shape
-        self.caches = decoder.caches(len(labels))
+        self.caches = decoder.caches(len(condition))
         self.position = torch.arange(self.length, device=codes.device)
         self.seen, self.null_seen = 0, 0  # positions in the caches
         self.view_key: tuple[slice, int, bool] | None = None
@@ -174,13 +179,14 @@ class _Reader:
         """Logits after `last`, once the positions from `first` to `last` are in the caches of these rows."""
         copies = (rows.stop - rows.start) // self.batch_size
         codes = self.codes[:, max(0, first - 1) : last].repeat(copies, 1)
-        labels = self.labels[rows] if first == 0 else None
-        position, window = self.position[first : last + 1], last + 1
+        condition = self.condition[rows] if first == 0 else None
+        position, window = self.position[first : last + 1], self.leading + last + 1
+        alone = first == last and (first > 0 or self.leading == 0)  # a single new token
         if self.advance_one is None or first == 0 or first < last:
-            return self.advance(codes, labels, position, self._view(rows, window, complete=first == last))
-        window = min(self.length, -(-window // STRETCH) * STRETCH)
+            return self.advance(codes, condition, position, self._view(rows, window, complete=alone))
+        window = min(self.leading + self.length, -(-window // STRETCH) * STRETCH)
         with torch._dynamo.config.patch(recompile_limit=KINDS):
-            return self.advance_one(codes, labels, position, self._view(rows, window, complete=False))
+            return self.advance_one(codes, condition, position, self._view(rows, window, complete=False))
 
     def _view(self, rows: slice, window: int, *, complete: bool) -> list[KVCache]:
         if self.view_key != (rows, window, complete):

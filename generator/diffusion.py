@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.device import check_sampling_precision
-from generator.condition import check_guidance, label_rows
+from generator.aligned_steps import AlignedSteps
+from generator.condition import check_guidance, condition_config, condition_of
 from generator.config import (
     CurriculumConfig,
     DenoiserModelConfig,
@@ -24,14 +25,19 @@ from generator.config import (
     ScheduleConfig,
     read_settings,
 )
+from generator.consistency import build_objective, objective_config
+from generator.consistency_config import check_sampling, first_level
 from generator.curriculum import Curriculum, final_schedule
 from generator.denoiser import DiT
-from generator.guidance import LabelDenoise, guided
-from generator.objective import Objective
+from generator.guidance import ConditionalDenoise, guided
+from generator.learned_config import LearnedScheduleConfig, check_map_sampling
+from generator.learned_sampling import solve_map
+from generator.learned_schedule import LearnedSchedule
 from generator.path import noised
 from generator.schedule import Schedule, build_schedule
-from generator.solvers import SampleNoise, solve
+from generator.solvers import Denoise, SampleNoise, solve
 from generator.steps import solver_levels
+from generator.text import build_text_encoder
 
 FEATURE_LOGSNR = 2.0  # a little noise: less than the latents' own deviation, enough to make the network work
 
@@ -41,7 +47,7 @@ class Diffusion(nn.Module):
 
     `guide` is the weaker network of autoguidance, which whoever loads the generator attaches; it acts on samples whose
     settings name a guide, whatever the name. `outside` likewise is the network that serves the noise levels outside of
-    the cluster which this one was trained on alone.
+    the cluster which this one was trained on alone, and `aligned` holds the steps that were optimised for this one.
     """
 
     family = "diffusion"
@@ -49,9 +55,11 @@ class Diffusion(nn.Module):
     def __init__(self, network: DiT, card: dict[str, Any]) -> None:
         super().__init__()
         self.network, self.card = network, card
-        self.objective = Objective.from_config(card["config"])
+        self.objective = build_objective(card["config"])
+        self.condition = condition_of(card)
         self.guide: Diffusion | None = None
         self.outside: Diffusion | None = None
+        self.aligned: AlignedSteps | None = None
         self.label_dropout: float = card["config"]["model"]["label_dropout"]
         self.num_classes: int = card["num_classes"]
         self.class_names = tuple(card["class_names"])
@@ -66,20 +74,20 @@ class Diffusion(nn.Module):
         network.load_state_dict(weights)
         return cls(network, card).eval().requires_grad_(False)
 
-    def denoise(self, z: Tensor, logsnr: Tensor, labels: Tensor) -> Tensor:
+    def denoise(self, z: Tensor, logsnr: Tensor, condition: Tensor) -> Tensor:
         """Estimate of the clean latents x0 [B, C, h, w] from z = alpha x0 + sigma eps, the solvers' variable; fp32."""
-        output = self.network(self.objective.network_input(z, logsnr), logsnr, labels).to(z.dtype)
+        output = self.network(self.objective.network_input(z, logsnr), logsnr, condition).to(z.dtype)
         return self.objective.to_x0(output, z, logsnr)
 
-    def denoise_within(self, outside: Diffusion) -> LabelDenoise:
+    def denoise_within(self, outside: Diffusion) -> ConditionalDenoise:
         """`denoise` of this network at the levels that it serves, of the other one at all others.
 
         All rows of a batch must be at one level.
         """
         low, high = served_levels(self.card)
 
-        def denoise(z: Tensor, logsnr: Tensor, labels: Tensor) -> Tensor:
-            return (self if low <= float(logsnr[0]) < high else outside).denoise(z, logsnr, labels)
+        def denoise(z: Tensor, logsnr: Tensor, condition: Tensor) -> Tensor:
+            return (self if low <= float(logsnr[0]) < high else outside).denoise(z, logsnr, condition)
 
         return denoise
 
@@ -89,57 +97,105 @@ class Diffusion(nn.Module):
         return {key: other for key in ("guide", "outside") if (other := getattr(self, key)) is not None}
 
     @torch.inference_mode()
-    def sample(self, labels: Tensor | None, seeds: Sequence[int], **settings: Any) -> Tensor:
-        """Latents float32 [B, C, h, w], one for each seed; row k depends on seed k and label k alone.
+    def sample(self, condition: Any, seeds: Sequence[int], **settings: Any) -> Tensor:
+        """Latents float32 [B, C, h, w], one for each seed; row k depends on seed k and row k of the condition alone.
 
         Args:
-            labels: int64 [B] in 0 .. num_classes - 1; -1 or None samples without a class.
+            condition: as the generator was trained: labels int64 [B] in 0 .. num_classes - 1, where -1 is no class; B
+                texts, or their ids; or latents float32 [B, C, h, w] of smaller images. None samples without any.
             seeds: B integers.
             settings: keys of DiffusionSampleConfig. `snapshot` and `ema_width` say which weights to load, so that here
                 it is too late for them: they change nothing.
 
         Raises:
-            ValueError: a label or a setting out of range, or one that this network was not trained for or lacks the
-                other network for.
+            ValueError: a condition that does not fit, a setting out of range, or one that this network was not trained
+                for or lacks the other network for.
         """
         chosen = read_settings(DiffusionSampleConfig, "diffusion.sample", settings)
         self.check_settings(chosen)
-        guide, outside = self._guide_of(chosen), self._outside_of(chosen)
+        return self.sample_rows(self.condition.rows(condition, len(seeds)), seeds, chosen)
+
+    @torch.inference_mode()
+    def sample_rows(self, rows: Tensor, seeds: Sequence[int], chosen: DiffusionSampleConfig) -> Tensor:
+        """As `sample`, under settings that have been checked and for rows [B, ...] of the condition itself."""
         device = self.network.positions.device
-        denoise = guided(
+        rows = rows.to(device)
+        denoise = self.denoiser(rows, chosen)
+        noise = SampleNoise(seeds, self.network.latent_shape, device=device)
+        check_sampling_precision(self.family, chosen.precision, device)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=chosen.precision == "bf16"):
+            if self.level_maps:
+                return self._solve_map(denoise, noise, rows, chosen)
+            levels, rest = self.levels(chosen), self.objective.rest
+            return solve(denoise, noise, levels, solver=chosen.solver, eta=chosen.eta, rest=rest)
+
+    @property
+    def level_maps(self) -> LearnedSchedule | None:
+        """The learned schedule, if levels differ within an image."""
+        return self.learned_schedule if self.learned_schedule and self.learned_schedule.is_map else None
+
+    @property
+    def learned_schedule(self) -> LearnedSchedule | None:
+        """The schedule that the network was trained along with, if it was."""
+        return getattr(self.network, "learned_schedule", None)
+
+    def _solve_map(self, denoise: Denoise, noise: SampleNoise, rows: Tensor, settings: DiffusionSampleConfig) -> Tensor:
+        """Latents [B, C, h, w] by the levels that the schedule has for these rows of the condition."""
+        schedule = self.level_maps
+        assert schedule is not None
+        rates = schedule.rates(rows)
+
+        def levels_at(time: float) -> Tensor:
+            return schedule.logsnr(torch.full((len(rows),), time, device=rows.device), rates)
+
+        eta = 1.0 if settings.solver == "ddpm" else settings.eta
+        return solve_map(denoise, noise, levels_at, num_steps=settings.num_steps, eta=eta)
+
+    def denoiser(self, rows: Tensor, chosen: DiffusionSampleConfig) -> Denoise:
+        """The estimate of x0 that samples are drawn with: guided, of all attached networks that the settings name.
+
+        All rows [B, ...] of the condition must be at one level.
+        """
+        guide, outside = self._guide_of(chosen), self._outside_of(chosen)
+        return guided(
             self.denoise_within(outside) if outside else self.denoise,
-            label_rows(labels, len(seeds), self.num_classes).to(device),  # [B]
-            null=self.num_classes,
+            rows,
+            null=self.condition.null(len(rows)).to(rows.device),
             scale=chosen.guidance,
             first=chosen.guidance_first,
             last=chosen.guidance_last,
             rescale=chosen.guidance_rescale,
             guide=guide.denoise if guide else None,
         )
-        noise = SampleNoise(seeds, self.network.latent_shape, device=device)
-        check_sampling_precision(self.family, chosen.precision, device)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=chosen.precision == "bf16"):
-            return solve(denoise, noise, self.levels(chosen), solver=chosen.solver, eta=chosen.eta)
 
     def levels(self, settings: DiffusionSampleConfig) -> Tensor:
         """The log SNRs at which these settings ask the network, rising, float64 [n]."""
         return solver_levels(
             settings.steps,
             settings.num_steps,
-            first=settings.first_logsnr,
+            first=first_level(objective_config(self.card["config"]), settings),
             last=settings.last_logsnr,
             rho=settings.rho,
             listed=settings.levels,
-            schedule=trained_schedule(self.card) if settings.steps == "time" else None,
+            aligned=self.aligned.usable() if self.aligned and settings.steps == "aligned" else (),
+            schedule=self._trained_schedule() if settings.steps == "time" else None,
             from_zero_snr=settings.from_zero_snr,
         )
 
+    def _trained_schedule(self) -> Schedule:
+        learned = self.learned_schedule
+        return trained_schedule(self.card) if learned is None else learned.as_schedule()
+
     def check_settings(self, settings: DiffusionSampleConfig) -> None:
         """Raise ValueError if this network was not trained for what the settings ask of it, or they leave no steps."""
-        self.levels(settings)
+        check_sampling(objective_config(self.card["config"]), settings)
+        if self.level_maps:
+            check_map_sampling(self.level_maps.config.per, settings)
+        else:
+            self.levels(settings)
         if settings.guide is None:
             check_guidance(
-                self.family, settings.guidance, num_classes=self.num_classes, label_dropout=self.label_dropout
+                self.family, settings.guidance, guidable=self.condition.guidable, label_dropout=self.label_dropout
             )
         if settings.from_zero_snr and not self._speaks_without_signal:
             raise ValueError(
@@ -184,7 +240,7 @@ class Diffusion(nn.Module):
         """Tokens averaged, float32 [B, D] under each tap: `block<n>`, from 1, is after block n.
 
         The latents [B, C, h, w] carry a little noise: FEATURE_LOGSNR, or l if the tap is `block<n>@logsnr=<l>`. They
-        meet the null label, so that no class leaks, and one fixed noise, so that no row depends on the others. Each log
+        meet no condition, so that no class leaks, and one fixed noise, so that no row depends on the others. Each log
         SNR takes one pass, as far as the deepest of its blocks.
 
         Raises:
@@ -205,8 +261,7 @@ class Diffusion(nn.Module):
         logsnr = latents.new_full((len(latents),), level)  # [B]
         eps = SampleNoise([0], self.network.latent_shape, device=latents.device)()
         seen = self.objective.network_input(noised(latents, eps, logsnr), logsnr)
-        null = torch.full((len(latents),), self.num_classes, device=latents.device)
-        return self.network.activations(seen, logsnr, null)
+        return self.network.activations(seen, logsnr, self.condition.null(len(latents)).to(latents.device))
 
     def _parse_tap(self, tap: str) -> tuple[int, float]:
         """Number of blocks to run, and log SNR."""
@@ -233,9 +288,9 @@ def check_outside(card: dict[str, Any], outside: Diffusion, settings: DiffusionS
             " itself; set outside=null"
         )
     _check_alike(card, outside.card, named, "model")
-    if settings.guide is None and settings.guidance != 1 and not (outside.num_classes and outside.label_dropout):
+    if settings.guide is None and settings.guidance != 1 and not (outside.condition.guidable and outside.label_dropout):
         raise ValueError(
-            f"{named} learned no null label for diffusion.sample.guidance={settings.guidance} to compare with: use"
+            f"{named} learned no null condition for diffusion.sample.guidance={settings.guidance} to compare with: use"
             " guidance=1, or a model with label_dropout above 0"
         )
     noisiest = curriculum.cluster == curriculum.num_clusters
@@ -247,7 +302,14 @@ def check_outside(card: dict[str, Any], outside: Diffusion, settings: DiffusionS
 
 
 def _check_alike(card: dict[str, Any], other: dict[str, Any], named: str, role: str) -> None:
-    """Raise ValueError unless two cards name the same tokenizer, latents and classes."""
+    """Raise ValueError unless two cards name the same tokenizer, latents, classes and condition."""
+    if condition_config(card) != condition_config(other):
+        raise ValueError(
+            f"{named} was trained with another diffusion.condition than this generator: choose a {role} with the same"
+        )
+    kind, wanted = (objective_config(each["config"]).kind for each in (other, card))
+    if kind != wanted:
+        raise ValueError(f"{named} has diffusion.objective.kind={kind}, this generator {wanted}: choose a {role} alike")
     for key in ("tokenizer_fingerprint", "latent_shape", "class_names"):
         if list(card[key]) != list(other[key]):
             raise ValueError(
@@ -259,7 +321,11 @@ def _check_alike(card: dict[str, Any], other: dict[str, Any], named: str, role: 
 def build_denoiser(model: DenoiserModelConfig, card: dict[str, Any]) -> DiT:
     """The network for the latent shape and number of classes that a card names."""
     depth, width, heads = model.shape
-    return DiT(
+    channels = card["latent_shape"][0]
+    schedule = schedule_config(card)
+    mapped = schedule.kind == "learned" and schedule.learned.per != "scalar"
+    condition = condition_config(card)
+    network = DiT(
         tuple(card["latent_shape"]),
         depth=depth,
         width=width,
@@ -270,15 +336,26 @@ def build_denoiser(model: DenoiserModelConfig, card: dict[str, Any]) -> DiT:
         qk_norm=model.qk_norm,
         rope=model.rope,
         swiglu=model.swiglu,
+        image_channels=channels if condition.kind == "image" else 0,
+        level_channels=channels if mapped else 0,
+        text=build_text_encoder(condition.text, width) if condition.kind == "text" else None,
     )
+    if schedule.kind == "learned":
+        network.learned_schedule = LearnedSchedule(schedule.learned, card["latent_shape"])
+    return network
 
 
 def trained_schedule(card: dict[str, Any]) -> Schedule:
-    """The training schedule that a card names, where its curriculum ends."""
-    told = dict(card["config"].get("schedule", {}))
+    """The training schedule that a card names, where its curriculum ends; of a learned one its own time."""
+    return final_schedule(trained_curriculum(card), build_schedule(schedule_config(card)))
+
+
+def schedule_config(card: dict[str, Any]) -> ScheduleConfig:
+    """The section `schedule` that a card tells; the defaults if it tells none."""
+    told = dict(card.get("config", {}).get("schedule", {}))
     if told.get("mixed"):
         told["mixed"] = MixedScheduleConfig(**told["mixed"])
-    return final_schedule(trained_curriculum(card), build_schedule(ScheduleConfig(**told)))
+    return ScheduleConfig(**{**told, "learned": LearnedScheduleConfig(**told.get("learned", {}))})
 
 
 def served_levels(card: dict[str, Any]) -> tuple[float, float]:

@@ -17,17 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from engine.batches import StepRandom
-from engine.config import to_dict
 from engine.log import Histogram
-from engine.optim import adamw
+from engine.optim import build_optimizer
 from engine.shards import Shards
 from engine.task import Task
 from generator.card import generator_card
-from generator.condition import spread_labels, training_labels
+from generator.condition import spread_labels
 from generator.config import DiffusionConfig
 from generator.curriculum import Curriculum
 from generator.diffusion import Diffusion, build_denoiser
-from generator.objective import Objective
 from generator.path import noised
 from generator.schedule import build_schedule
 from tokenizer.model import Tokenizer
@@ -38,7 +36,7 @@ PREVIEW_IMAGES = 16
 
 
 class DiffusionTask(Task):
-    """Trains a denoiser on latents; the null label replaces a share of the labels, and unknown ones.
+    """Trains a denoiser on latents; null replaces a share of the conditions, and unknown labels.
 
     Raises:
         ValueError: labels beyond the shards' class names, latents that the patches do not fit, or settings of sampling
@@ -53,26 +51,33 @@ class DiffusionTask(Task):
         card = generator_card(config, shards, tokenizer)
         self.network = build_denoiser(config.model, card)
         self.generator = Diffusion(self.network, card)
-        self.generator.check_settings(config.sample)
-        self.objective = Objective.from_config(to_dict(config))
+        self.generator.check_settings(config.sample.previewed)
+        self.condition = self.generator.condition
+        self.read, self.read_test = (self.condition.reader(source) for source in (shards, test_shards))
+        self.objective = self.generator.objective
         self.curriculum = Curriculum(config.curriculum, build_schedule(config.schedule), steps=config.train.steps)
         self.modules: dict[str, nn.Module] = {"network": self.network}
         if config.weight == "learned":
             self.modules["uncertainty"] = Uncertainty()
         self.optimizers: dict[str, torch.optim.Optimizer] = {
-            name: adamw(module, config.train) for name, module in self.modules.items()
+            name: build_optimizer(module, config.train) for name, module in self.modules.items()
         }
 
     def step(self, batch: dict[str, Tensor], rng: StepRandom) -> dict[str, Tensor]:
-        latents, labels = batch["latents"].float(), batch["labels"]
+        latents = batch["latents"].float()
         u, eps = rng.uniform(), rng.normal(*latents.shape[1:])  # [B], [B, C, h, w]
-        dropped = rng.uniform() < self.config.model.label_dropout  # [B]
+        condition = self.conditions(batch, rng)  # [B, ...]
         logsnr = self.curriculum.draw(u, rng.step)  # [B]
         cluster = self.curriculum.cluster_of(logsnr)  # before the network: the edges' way to a GPU would wait for it
-        errors = self.errors(latents, labels.masked_fill(dropped, -1), logsnr, eps)
+        errors = self.errors(latents, condition, logsnr, eps)
         losses = self.losses(errors, logsnr)
         figures = {"loss": losses.mean(), "error": errors.detach().mean(), "mean_logsnr": logsnr.mean()}
         return {**figures, "draws_by_logsnr": draws_by_logsnr(logsnr), **self._by_cluster(losses.detach(), cluster)}
+
+    def conditions(self, batch: dict[str, Tensor], rng: StepRandom) -> Tensor:
+        """Rows of the condition [B, ...] of a training batch, a share of them null."""
+        dropped = rng.uniform() < self.config.model.label_dropout  # [B]
+        return self.condition.drop(self.read(batch, rng.uniform() if self.condition.draws else None), dropped)
 
     def _by_cluster(self, losses: Tensor, cluster: Tensor) -> dict[str, Tensor]:
         """Shares of the draws [N] and sums of losses over B [N], of losses [B] in clusters [B] from 1."""
@@ -123,11 +128,10 @@ class DiffusionTask(Task):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.curriculum.load_state_dict(state.get("curriculum", {}))
 
-    def errors(self, x0: Tensor, labels: Tensor, logsnr: Tensor, eps: Tensor) -> Tensor:
+    def errors(self, x0: Tensor, condition: Tensor, logsnr: Tensor, eps: Tensor) -> Tensor:
         """Mean squared errors of the output [B], of latents and noise [B, C, h, w] at log SNR [B]."""
-        rows = training_labels(labels, self.network.num_classes)  # [B]
         seen = self.objective.network_input(noised(x0, eps, logsnr), logsnr)  # [B, C, h, w]
-        output = self.modules["network"](seen, logsnr, rows).float()
+        output = self.modules["network"](seen, logsnr, condition).float()
         return (output - self.objective.target_of(x0, eps, logsnr)).square().flatten(1).mean(1)
 
     def losses(self, errors: Tensor, logsnr: Tensor) -> Tensor:
@@ -157,14 +161,20 @@ class DiffusionTask(Task):
 
     def preview(self) -> dict[str, Tensor]:
         """Decoded samples, sorted by class, from the same seeds every time; of this network alone, without others."""
-        labels, sample = spread_labels(PREVIEW_IMAGES, self.generator.num_classes), self.config.sample
+        sample = self.config.sample.previewed
         guidance = sample.guidance if sample.guide is None else 1.0
         settings = dataclasses.replace(sample, guide=None, outside=None, guidance=guidance)
-        latents = self.generator.sample(labels, range(PREVIEW_IMAGES), **dataclasses.asdict(settings))
+        latents = self.generator.sample(self._preview_rows(), range(PREVIEW_IMAGES), **dataclasses.asdict(settings))
         return {"samples": self.tokenizer.to(latents.device).from_latents(latents).cpu()}
 
+    def _preview_rows(self) -> Tensor:
+        """Rows of the condition for the previews: labels sorted by class, or those of the first held-out images."""
+        if self.condition.kind == "class":
+            return spread_labels(PREVIEW_IMAGES, self.generator.num_classes)
+        return self.read_test(self.test_shards.load(np.arange(PREVIEW_IMAGES) % len(self.test_shards)), None)
+
     def _test_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """The arguments x0, labels, logsnr, eps of `errors` over evenly spread held-out latents."""
+        """The arguments x0, condition, logsnr, eps of `errors` over evenly spread held-out latents."""
         num = min(VALIDATION_IMAGES, len(self.test_shards))
         indices = np.arange(num) * len(self.test_shards) // num
         generator = torch.Generator().manual_seed(0)
@@ -174,7 +184,7 @@ class DiffusionTask(Task):
             batch = self.test_shards.load(indices[rows.numpy()])
             eps = torch.randn(batch["latents"].shape, generator=generator)
             latents, u = batch["latents"].to(device).float(), spread[rows].to(device)
-            yield latents, batch["labels"].to(device), self.curriculum.final(u), eps.to(device)
+            yield latents, self.read_test(batch, None).to(device), self.curriculum.final(u), eps.to(device)
 
 
 class Uncertainty(nn.Module):

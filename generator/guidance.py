@@ -1,7 +1,7 @@
 """Guidance: a sharper denoiser out of two, D = W + g (D_strong - W) with a weaker denoiser W.
 
-W is the same network under the null label (classifier-free guidance), or another, weaker network under the same label
-(autoguidance). All is said in estimates of x0, which any prediction target gives.
+W is the same network without a condition (classifier-free guidance), or another, weaker network under the same
+condition (autoguidance). All is said in estimates of x0, which any prediction target gives.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from torch import Tensor
 
 from generator.solvers import Denoise
 
-# (z [B, ...], log SNR [B], labels [B]) -> x0 [B, ...]
-LabelDenoise = Callable[[Tensor, Tensor, Tensor], Tensor]
+# (z [B, ...], log SNR [B], condition [B, ...]) -> x0 [B, ...]
+ConditionalDenoise = Callable[[Tensor, Tensor, Tensor], Tensor]
 # (z [B, ...], log SNR [B]) -> x0 of the network that is guided and of the weaker one, each [B, ...]
 Both = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def guided(
-    denoise: LabelDenoise,
-    labels: Tensor,
+    denoise: ConditionalDenoise,
+    condition: Tensor,
     *,
-    null: int,
+    null: Tensor,
     scale: float,
     first: float | None = None,
     last: float | None = None,
     rescale: float = 0.0,
-    guide: LabelDenoise | None = None,
+    guide: ConditionalDenoise | None = None,
 ) -> Denoise:
-    """The guided denoiser of these labels, int64 [B].
+    """The guided denoiser of the rows of a condition, [B, ...].
 
     Args:
-        null: label that stands for none.
+        null: rows that stand for no condition, shaped alike.
         scale: g; 1 asks only `denoise` itself.
         first, last: log SNRs between which, ends included, guidance acts (Kynkaanniemi et al., 2024); elsewhere
             `denoise` is asked alone. Absent: no such end. All rows of a batch must be at one level.
@@ -42,7 +42,7 @@ def guided(
     """
 
     def plain(z: Tensor, logsnr: Tensor) -> Tensor:
-        return denoise(z, logsnr, labels)
+        return denoise(z, logsnr, condition)
 
     def combined(z: Tensor, logsnr: Tensor) -> Tensor:
         if not _acts(logsnr, first, last):
@@ -50,7 +50,7 @@ def guided(
         strong, weak = both(z, logsnr)
         return rescaled(weak + scale * (strong - weak), strong, rescale)
 
-    both = _classifier_free(denoise, labels, null) if guide is None else _autoguidance(denoise, guide, labels)
+    both = _classifier_free(denoise, condition, null) if guide is None else _autoguidance(denoise, guide, condition)
     return plain if scale == 1 else combined
 
 
@@ -67,9 +67,9 @@ def rescaled(x0: Tensor, reference: Tensor, share: float) -> Tensor:
     return x0 * (1 + share * (ratio - 1))
 
 
-def _classifier_free(denoise: LabelDenoise, labels: Tensor, null: int) -> Both:
-    """With a label and without in one call (Ho & Salimans, 2022)."""
-    rows = torch.cat([labels, torch.full_like(labels, null)])
+def _classifier_free(denoise: ConditionalDenoise, condition: Tensor, null: Tensor) -> Both:
+    """With a condition and without in one call (Ho & Salimans, 2022)."""
+    rows = torch.cat([condition, null])
 
     def both(z: Tensor, logsnr: Tensor) -> tuple[Tensor, Tensor]:
         conditional, unconditional = denoise(torch.cat([z, z]), torch.cat([logsnr, logsnr]), rows).chunk(2)
@@ -78,9 +78,9 @@ def _classifier_free(denoise: LabelDenoise, labels: Tensor, null: int) -> Both:
     return both
 
 
-def _autoguidance(denoise: LabelDenoise, guide: LabelDenoise, labels: Tensor) -> Both:
-    """Two networks under the same label (Karras et al., 2024, arXiv:2406.02507)."""
-    return lambda z, logsnr: (denoise(z, logsnr, labels), guide(z, logsnr, labels))
+def _autoguidance(denoise: ConditionalDenoise, guide: ConditionalDenoise, condition: Tensor) -> Both:
+    """Two networks under the same condition (Karras et al., 2024, arXiv:2406.02507)."""
+    return lambda z, logsnr: (denoise(z, logsnr, condition), guide(z, logsnr, condition))
 
 
 def _acts(logsnr: Tensor, first: float | None, last: float | None) -> bool:

@@ -66,6 +66,9 @@ class Objective:
         ValueError: a path, target or weight that is not in its table.
     """
 
+    rest = 0.0
+    """Noise s = sigma / alpha that an estimate of x0 still carries."""
+
     def __init__(
         self,
         *,

@@ -39,14 +39,17 @@ def linear_flow(logsnr: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def noised(x0: Tensor, eps: Tensor, logsnr: Tensor) -> Tensor:
-    """z = alpha x0 + sigma eps: data and noise [B, ...], log SNR [B] -> [B, ...]."""
+    """z = alpha x0 + sigma eps: data and noise [B, ...], log SNR [B] or a map [B, ...] -> [B, ...]."""
     alpha, sigma = (beside(value, x0) for value in variance_preserving(logsnr))
     return alpha * x0 + sigma * eps
 
 
 def beside(values: Tensor, x: Tensor) -> Tensor:
-    """One number for each row of x [B, ...], shaped to broadcast against it: [B] -> [B, 1, ...]."""
-    return values.reshape(-1, *(1,) * (x.ndim - 1))
+    """One number for each row of x [B, ...], shaped to broadcast against it: [B] -> [B, 1, ...].
+
+    A map [B, ...] of numbers has its shape already.
+    """
+    return values if values.ndim == x.ndim else values.reshape(-1, *(1,) * (x.ndim - 1))
 
 
 # vp:   x_t = z. The time is an angle, alpha = cos, sigma = sin; its velocity is v (Salimans & Ho, 2022).

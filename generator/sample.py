@@ -1,4 +1,4 @@
-"""Images from a trained generator: by label and seed in memory, code by code, or as PNG files beside samples.json."""
+"""Images from a trained generator: by condition and seed in memory, code by code, or as PNG files with samples.json."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from engine.device import Device
 from engine.log import progress
 from generator.autoregressive import Autoregressive
 from generator.card import family_of
-from generator.condition import null_unknown
 from generator.config import AutoregressiveConfig, DiffusionConfig
 from generator.diffusion import Diffusion
+from generator.inputs import Inputs, choose_inputs
 from generator.partial import paint_partial
 from generator.sample_folder import (
     begin,
@@ -49,32 +49,36 @@ def open_generator(path: str | Path, config: AutoregressiveConfig | DiffusionCon
 def sample_images(
     generator: Autoregressive | Diffusion,
     tokenizer: Tokenizer,
-    labels: Tensor | None,
+    condition: Any,
     seeds: Sequence[int],
     *,
     batch_size: int = 64,
     watch: Watch | None = None,
     **settings: Any,
 ) -> Tensor:
-    """Images uint8 [B, 3, H, W] on the CPU, one for each seed; image k depends on seed k and label k alone.
+    """Images uint8 [B, 3, H, W] on the CPU, one for each seed; image k depends on seed k and condition k alone.
+
+    The condition is as the generator was trained: labels int64 [B], where -1 is none; B texts; or latents float32
+    [B, C, h, w] of smaller images. None stands for no condition at all.
 
     Both models must be on one device. Batches always have `batch_size` rows, so that the last and the first agree to
     the bit; another batch_size changes images by rounding alone, which in bf16 makes many of them others. `settings`
-    are keys of the family's sample section; labels of -1, or None, mean no class. `watch(codes, done)`, if given, sees
-    the codes [n, T] of every autoregressive batch each time that one more of them stands.
+    are keys of the family's sample section. `watch(codes, done)`, if given, sees the codes [n, T] of every
+    autoregressive batch each time that one more of them stands.
 
     Raises:
-        ValueError: another tokenizer made the codes that the generator learned from, or a label or setting is wrong.
+        ValueError: another tokenizer made the codes that the generator learned from, or a condition or setting is
+            wrong.
     """
     _check_pair(generator, tokenizer)
-    labels = torch.full((len(seeds),), -1) if labels is None else labels.cpu()
-    null_unknown(labels, generator.num_classes)
+    condition = condition.cpu() if isinstance(condition, Tensor) else condition
+    generator.condition.rows(condition, len(seeds))  # wrong ones of the last batch are refused before the first
     decode = tokenizer.from_latents if isinstance(generator, Diffusion) else tokenizer.decode
     parts = []
     for rows in torch.arange(len(seeds)).split(batch_size):
         filled = rows.tolist() + rows[-1:].tolist() * (batch_size - len(rows))
         chosen, count = [seeds[row] for row in filled], len(rows)
-        made = _codes_or_latents(generator, labels[filled], chosen, settings, watch, count)
+        made = _codes_or_latents(generator, _chosen(condition, filled), chosen, settings, watch, count)
         parts.append(decode(made)[:count].cpu())  # [n, 3, H, W]
     return torch.cat(parts)
 
@@ -82,7 +86,7 @@ def sample_images(
 def stream_images(
     generator: Autoregressive | Diffusion,
     tokenizer: Tokenizer,
-    labels: Tensor | None,
+    condition: Any,
     seeds: Sequence[int],
     *,
     every: int,
@@ -101,7 +105,7 @@ def stream_images(
     if every < 1:
         raise ValueError(f"every={every} must be at least 1 code")
     assert isinstance(generator, Autoregressive)
-    steps = generator.stream(labels, seeds, **settings)
+    steps = generator.stream(condition, seeds, **settings)
     return (
         (done, paint_partial(tokenizer, codes, done).cpu())
         for done, codes in steps
@@ -117,6 +121,8 @@ def sample(
     device: Device,
     num: int = 64,
     label: int | None = None,
+    prompts: Sequence[str] = (),
+    images: Sequence[Path] = (),
     seed: int = 0,
     out: str | Path | None = None,
     decoder: str | Path | None = None,
@@ -131,6 +137,7 @@ def sample(
 
     Args:
         label: class of all images; without it the classes take turns.
+        prompts, images: texts or files of smaller images to draw from in turn, see `choose_inputs`.
         out: stands for `run.folder/samples/<family>`.
         decoder: run whose tokenizer paints the images: one that shares encoder and codebook.
         candidates: draw at least so many instead, whose classes go round and round through those of the `num`.
@@ -147,7 +154,8 @@ def sample(
     if partial is not None:
         check_streams(generator)
     folder = Path(out) if out is not None else run.folder / "samples" / family
-    request = sample_request(generator, tokenizer, config, num=num, label=label, seed=seed, candidates=candidates)
+    inputs = choose_inputs(generator, run, num=num, label=label, prompts=prompts, images=images)
+    request = sample_request(generator, tokenizer, config, inputs, num=num, seed=seed, candidates=candidates)
     if is_answered(read_samples(folder), request, more=bool(candidates)):
         return folder
     draft = draft_of(folder)
@@ -156,7 +164,7 @@ def sample(
         begin(draft, request, [folder, *known])
     device.barrier()
     with watching(tokenizer, partial if device.is_main else None) as watch:
-        _fill(draft, generator, tokenizer, request, device, watch=watch, **dataclasses.asdict(config.sample))
+        _fill(draft, generator, tokenizer, request, inputs, device, watch=watch, **dataclasses.asdict(config.sample))
     device.barrier()
     if device.is_main:
         publish(draft, folder, request)
@@ -168,22 +176,19 @@ def sample_request(
     generator: Autoregressive | Diffusion,
     tokenizer: Tokenizer,
     config: AutoregressiveConfig | DiffusionConfig,
+    inputs: Inputs,
     *,
     num: int,
-    label: int | None = None,
     seed: int = 0,
     candidates: int = 0,
 ) -> dict[str, Any]:
     """All that decides the images of `sample`, as it stands in samples.json.
 
     Raises:
-        ValueError: `num` below 1, or a label that the generator does not know.
+        ValueError: `num` below 1.
     """
     if num < 1:
         raise ValueError(f"num={num} must be at least 1")
-    turns = [index % generator.num_classes for index in range(num)] if generator.num_classes else [-1] * num
-    labels = turns if label is None else [label] * num
-    null_unknown(torch.tensor(labels), generator.num_classes)
     rows = range(candidates or num)
     companions = getattr(generator, "companions", {})
     return {
@@ -191,11 +196,22 @@ def sample_request(
         "generator": generator.fingerprint,
         "tokenizer": tokenizer.fingerprint,
         **{key: other.fingerprint for key, other in companions.items()},
-        "settings": deciding(to_dict(config.sample)),
+        "settings": deciding(_told_settings(generator, config)),
+        **({} if generator.condition.kind == "class" else {"condition": generator.condition.kind}),
         "class_names": list(generator.class_names),
-        "labels": [labels[row % num] for row in rows],
+        **inputs.told([row % num for row in rows]),
         "seeds": [seed * SEEDS_PER_RUN + row for row in rows],
     }
+
+
+def _told_settings(
+    generator: Autoregressive | Diffusion, config: AutoregressiveConfig | DiffusionConfig
+) -> dict[str, Any]:
+    """The sample section; of optimised steps with the levels that they are now."""
+    told = to_dict(config.sample)
+    if isinstance(config, DiffusionConfig) and isinstance(generator, Diffusion) and config.sample.steps == "aligned":
+        told["levels"] = generator.levels(config.sample).tolist()
+    return told
 
 
 def _check_pair(generator: Autoregressive | Diffusion, tokenizer: Tokenizer) -> None:
@@ -206,9 +222,16 @@ def _check_pair(generator: Autoregressive | Diffusion, tokenizer: Tokenizer) -> 
         )
 
 
+def _chosen(condition: Any, rows: Sequence[int]) -> Any:
+    """These rows of a condition."""
+    if condition is None or isinstance(condition, Tensor):
+        return None if condition is None else condition[rows]
+    return [condition[row] for row in rows]
+
+
 def _codes_or_latents(
     generator: Autoregressive | Diffusion,
-    labels: Tensor,
+    condition: Any,
     seeds: Sequence[int],
     settings: dict[str, Any],
     watch: Watch | None,
@@ -216,8 +239,8 @@ def _codes_or_latents(
 ) -> Tensor:
     """What the tokenizer turns into images; `watch` sees the first `shown` rows on the way."""
     if watch is None or isinstance(generator, Diffusion):
-        return generator.sample(labels, seeds, **settings)
-    for done, codes in generator.stream(labels, seeds, **settings):
+        return generator.sample(condition, seeds, **settings)
+    for done, codes in generator.stream(condition, seeds, **settings):
         watch(codes[:shown], done)
     return codes  # [B, T]
 
@@ -227,6 +250,7 @@ def _fill(
     generator: Autoregressive | Diffusion,
     tokenizer: Tokenizer,
     request: dict[str, Any],
+    inputs: Inputs,
     device: Device,
     *,
     batch_size: int,
@@ -234,7 +258,7 @@ def _fill(
     **settings: Any,
 ) -> None:
     """Write this process's share of the PNG files that are not there yet."""
-    labels, seeds = torch.tensor(request["labels"]), request["seeds"]
+    seeds = request["seeds"]
     parts = torch.arange(len(seeds)).split(batch_size)[device.rank :: device.world]
     total = sum(len(part) for part in parts)
     with progress(total=total, title=f"samples/{generator.family}", unit="image", enabled=device.is_main) as bar:
@@ -242,8 +266,9 @@ def _fill(
             rows = part.tolist()
             if not all(png_path(draft, row).exists() for row in rows):
                 chosen = [seeds[row] for row in rows]
+                condition = inputs.condition(rows)
                 images = sample_images(
-                    generator, tokenizer, labels[part], chosen, batch_size=batch_size, watch=watch, **settings
+                    generator, tokenizer, condition, chosen, batch_size=batch_size, watch=watch, **settings
                 )
                 for row, image in zip(rows, images, strict=True):
                     write_png(png_path(draft, row), image)

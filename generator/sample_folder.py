@@ -21,6 +21,7 @@ from generator.config import AutoregressiveSampleConfig, DiffusionSampleConfig
 SPEED = ("batch_size", "compile")  # settings that decide no image, as long as numbers are not rounded to bf16
 KINDS = {"family": str, "generator": str, "tokenizer": str, "settings": dict, "labels": list, "seeds": list}
 GRID_CLASSES, GRID_COLUMNS = 10, 8
+ROWS = ("labels", "seeds", "prompts", "images")  # what samples.json tells of each sample; the last two of some
 Told = dict[str, Any]  # samples.json
 
 
@@ -33,7 +34,7 @@ def begins_with(told: Told | None, request: Told) -> bool:
     """Whether a folder that `told` describes begins with the samples that are requested."""
     if told is None or "acceptance" in told or told["family"] != request["family"]:
         return False
-    rows = all(told[key][: len(request[key])] == request[key] for key in ("labels", "seeds"))
+    rows = rows_of(told)[: len(request["seeds"])] == rows_of(request)
     models = all(told.get(key) == request.get(key) for key in ("generator", "tokenizer", "guide", "outside"))
     return rows and models and full_settings(told) == full_settings(request)
 
@@ -41,6 +42,16 @@ def begins_with(told: Told | None, request: Told) -> bool:
 def is_answered(told: Told | None, request: Told, *, more: bool = False) -> bool:
     """Whether a folder that `told` describes holds just the samples that are requested, or these and `more`."""
     return told is not None and begins_with(told, request) and (more or len(told["seeds"]) == len(request["seeds"]))
+
+
+def rows_of(told: Told) -> list[tuple[Any, ...]]:
+    """What is told of each sample."""
+    return list(zip(*(told[key] for key in ROWS if key in told), strict=True))
+
+
+def without_rows(told: Told) -> Told:
+    """What is told of all samples alike, as of none."""
+    return {**told, **{key: [] for key in ROWS if key in told}}
 
 
 def full_settings(told: Told) -> dict[str, Any]:
@@ -122,11 +133,11 @@ def write_png(path: Path, image: Tensor) -> None:
 
 
 def _in_common(told: Told | None, request: Told) -> list[int]:
-    """The rows in which a folder has the class and seed that are requested, of the same models and settings."""
-    if told is None or not begins_with(told, {**request, "labels": [], "seeds": []}):
+    """The rows in which a folder has the condition and seed that are requested, of the same models and settings."""
+    if told is None or not begins_with(told, without_rows(request)):
         return []
-    found, wanted = (zip(each["labels"], each["seeds"], strict=True) for each in (told, request))
-    return [row for row, (mine, wish) in enumerate(zip(found, wanted, strict=False)) if mine == wish]
+    pairs = zip(rows_of(told), rows_of(request), strict=False)
+    return [row for row, (mine, wish) in enumerate(pairs) if mine == wish]
 
 
 def _read(path: Path) -> Told | None:

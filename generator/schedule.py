@@ -1,6 +1,7 @@
 """Training schedules: which log SNR to train on, and how often.
 
 A schedule is a distribution over lambda = log SNR: a standard family, moved and stretched, or a mixture of two such.
+(One that is learned along with the network is in `learned_schedule`.)
 A uniform u becomes lambda = location + scale * inverse(u), so lambda grows with u and the time of the papers is
 t = 1 - u (Hang & Gu, 2024, section 3). What is trained on is clamped to flow times in [1e-4, 1 - 1e-4], |lambda| <=
 18.42; `inverse`, `cdf` and `pdf` are those of the unclamped distribution, in float64.
@@ -219,12 +220,21 @@ class Schedule:
         return self.family.pdf((logsnr.double() - self.location) / self.scale) / self.scale
 
 
+# Of a learned schedule: u itself, from which `generator.learned_schedule` computes the log SNR
+OWN_TIME = Family(inverse=lambda u: u, cdf=lambda z: z.clamp(0, 1), pdf=lambda z: ((z >= 0) & (z <= 1)).double())
+
+
 def build_schedule(config: ScheduleConfig) -> Schedule:
     """The schedule of a configuration; location and scale default to those of its row in SCHEDULES.
+
+    A learned one is part of a network. What stands for it here draws u = 1 - t in the place of log SNRs, which is all
+    that a curriculum over time must know.
 
     Raises:
         ValueError: an unknown kind.
     """
+    if config.kind == "learned":
+        return Schedule(family=OWN_TIME, location=0.0, scale=1.0)
     schedule = _single(config, zero_terminal=config.zero_terminal)
     if config.mixed is None:
         return schedule

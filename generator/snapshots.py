@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.checkpoint import load_model, model_fingerprint
 from engine.snapshots import averaged_at, read_snapshot
+from generator.aligned_steps import read_aligned
 from generator.autoregressive import Autoregressive
 from generator.diffusion import Diffusion, trained_curriculum
 from generator.order import fold_order
@@ -32,6 +33,8 @@ def load_generator(
     outside: str | None = None,
 ) -> Autoregressive | Diffusion:
     """A trained generator from a run folder or a family's folder: eval mode, float32, on the CPU.
+
+    Steps that were optimised for a diffusion model come as its `.aligned`, refused at sampling if they are another's.
 
     Args:
         path: where it is; snapshots lie there too.
@@ -58,6 +61,7 @@ def load_generator(
         generator = Diffusion.from_card(card, weights)
         generator.guide = None if guide is None else _load_guide(guide, folder, generator)
         generator.outside = None if outside is None else load_outside(outside)
+        generator.aligned = read_aligned(folder)
         return generator
     for key, named in (("guide", guide), ("outside", outside)):
         if named is not None:

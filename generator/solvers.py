@@ -131,6 +131,21 @@ def euler_maruyama(denoise: Denoise, z: Tensor, levels: Tensor, *, noise: Noise)
     return z
 
 
+def consistency(denoise: Denoise, z: Tensor, levels: Tensor, *, noise: Noise, rest: float = 0.0) -> Tensor:
+    """Multi-step sampling of a consistency model (Song et al., 2023, algorithm 1): to the end, and back with new noise.
+
+    x' = f(x) + sqrt(s'^2 - rest^2) n in x = z / alpha, where `rest` is the noise s at which the model's trajectories
+    end, and which f(x) still carries.
+    """
+    for here, there in _intervals(levels):
+        x0 = _ask(denoise, z, here)
+        if there is CLEAN:
+            return x0
+        fresh = math.sqrt(max(there.sigma**2 - (rest * there.alpha) ** 2, 0.0))
+        z = there.alpha * x0 + fresh * noise().to(z)
+    return z
+
+
 ODE_SOLVERS: dict[str, Callable[[Denoise, Tensor, Tensor], Tensor]] = {
     "euler":    euler,
     "heun":     heun,
@@ -144,9 +159,19 @@ SDE_SOLVERS: dict[str, Callable[..., Tensor]] = {
     "euler_maruyama": euler_maruyama,
 }  # fmt: skip
 
+# Of consistency models, whose `denoise` gives the end of the trajectory.
+CONSISTENCY_SOLVERS: dict[str, Callable[..., Tensor]] = {"consistency": consistency}
+
 
 def solve(
-    denoise: Denoise, noise: Noise, levels: Tensor, *, solver: str, eta: float = 0.0, dtype: torch.dtype = torch.float32
+    denoise: Denoise,
+    noise: Noise,
+    levels: Tensor,
+    *,
+    solver: str,
+    eta: float = 0.0,
+    rest: float = 0.0,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Clean latents [B, ...] in `dtype` from noise.
 
@@ -154,20 +179,23 @@ def solve(
         denoise: estimate of x0 from z = alpha x0 + sigma eps.
         noise: its first draw is the z at which a solver starts (data have unit variance); a stochastic one draws more.
         levels: [n] increasing log SNRs, as `solver_levels` gives them.
-        solver: a row of ODE_SOLVERS or SDE_SOLVERS.
+        solver: a row of ODE_SOLVERS, SDE_SOLVERS or CONSISTENCY_SOLVERS.
         eta: share of fresh noise in ddim, in [0, 1].
+        rest: noise over signal that the x0 of `denoise` still carries; of solver consistency.
 
     Raises:
         ValueError: an unknown solver, or eta with another solver than ddim.
     """
-    if solver not in {**ODE_SOLVERS, **SDE_SOLVERS}:
-        known = ", ".join([*ODE_SOLVERS, *SDE_SOLVERS])
+    if solver not in {**ODE_SOLVERS, **SDE_SOLVERS, **CONSISTENCY_SOLVERS}:
+        known = ", ".join([*ODE_SOLVERS, *SDE_SOLVERS, *CONSISTENCY_SOLVERS])
         raise ValueError(f"diffusion.sample.solver={solver!r} is unknown; choose one of {known}")
     if eta and solver != "ddim":
         raise ValueError(f"diffusion.sample.eta={eta} needs solver=ddim: {solver} has no eta")
     z = noise().to(dtype)
     if solver in ODE_SOLVERS:
         return ODE_SOLVERS[solver](denoise, z, levels)
+    if solver in CONSISTENCY_SOLVERS:
+        return CONSISTENCY_SOLVERS[solver](denoise, z, levels, noise=noise, rest=rest)
     step = functools.partial(ddim, eta=eta) if solver == "ddim" else SDE_SOLVERS[solver]
     return step(denoise, z, levels, noise=noise)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from generator.path import cosine_logsnr, cosine_time, flow_logsnr, flow_time, noise_to_signal
+from generator.published_steps import PUBLISHED, published_stops
 from generator.schedule import Schedule
 
 LARGEST_LOGSNR = 700.0  # not far beyond it a float64 sigma is 0
@@ -27,6 +28,7 @@ class Span:
     last: float
     rho: float = 7.0
     listed: tuple[float, ...] = ()
+    aligned: tuple[float, ...] = ()
     schedule: Schedule | None = None
 
 
@@ -71,14 +73,39 @@ def as_listed(span: Span) -> Tensor:
     return torch.tensor(span.listed, dtype=torch.float64)
 
 
+def as_aligned(span: Span) -> Tensor:
+    """The schedule that was optimised for the network, in as many steps as are wanted."""
+    return along(span.aligned, span.num)
+
+
+def as_published(name: str) -> Steps:
+    """A published schedule of ten steps, in as many as are wanted."""
+    return lambda span: along(published_stops(name), span.num)
+
+
+def along(stops: Sequence[float], num: int) -> Tensor:
+    """Levels of `num` steps at equal distances along the stops of a schedule; where the last step ends is no level.
+
+    Between stops the logarithm of the noise is interpolated linearly (Sabour et al., 2024, section 3.3), which is the
+    log SNR: with as many steps as the schedule has, or half of them, the levels are stops of it.
+    """
+    given = torch.tensor(stops, dtype=torch.float64)  # [m + 1]
+    places = torch.arange(num, dtype=torch.float64) * (len(given) - 1) / num
+    before = places.long()
+    return torch.lerp(given[before], given[before + 1], places - before)
+
+
 STEPS: dict[str, Steps] = {
-    "cosine": uniform_cosine,
-    "flow":   uniform_flow,
-    "time":   uniform_schedule,
-    "logsnr": uniform_logsnr,
-    "karras": karras,
-    "list":   as_listed,
+    "cosine":  uniform_cosine,
+    "flow":    uniform_flow,
+    "time":    uniform_schedule,
+    "logsnr":  uniform_logsnr,
+    "karras":  karras,
+    "list":    as_listed,
+    "aligned": as_aligned,
+    **{name: as_published(name) for name in PUBLISHED},
 }  # fmt: skip
+WITHOUT_ZERO_SNR = ("logsnr", "karras", "aligned", *PUBLISHED)  # whose first level is a number
 
 
 def solver_levels(
@@ -89,6 +116,7 @@ def solver_levels(
     last: float,
     rho: float = 7.0,
     listed: Sequence[float] = (),
+    aligned: Sequence[float] = (),
     schedule: Schedule | None = None,
     from_zero_snr: bool = False,
 ) -> Tensor:
@@ -99,6 +127,8 @@ def solver_levels(
         first, last: where sampling starts, and where kinds that cannot end at clean data end.
         rho: exponent of kind "karras".
         listed: the levels of kind "list".
+        aligned: log SNRs of an optimised schedule and of the end of its last step, rising, for kind "aligned". It and
+            the published ones have ends of their own in place of `first` and `last`.
         schedule: the training schedule, for kind "time".
         from_zero_snr: the first level is -inf instead; the others are spaced from there (a list's first is replaced).
 
@@ -114,9 +144,12 @@ def solver_levels(
         raise ValueError(
             f"diffusion.sample.first_logsnr={first} must lie below last_logsnr={last}: sampling goes from noise to data"
         )
-    _check_needs(kind, rho, listed, schedule, from_zero_snr)
-    start = -math.inf if from_zero_snr else first
-    levels = STEPS[kind](Span(num=num, first=start, last=last, rho=rho, listed=tuple(listed), schedule=schedule))
+    span = Span(
+        num=num, first=-math.inf if from_zero_snr else first, last=last, rho=rho, listed=tuple(listed),
+        aligned=tuple(aligned), schedule=schedule,
+    )  # fmt: skip
+    _check_needs(kind, span, from_zero_snr)
+    levels = STEPS[kind](span)
     if from_zero_snr:
         levels[0] = -math.inf
     if not (bool((levels.diff() > 0).all()) and float(levels[-1]) <= LARGEST_LOGSNR):
@@ -128,17 +161,20 @@ def solver_levels(
     return levels
 
 
-def _check_needs(
-    kind: str, rho: float, listed: Sequence[float], schedule: Schedule | None, from_zero_snr: bool
-) -> None:
-    if kind == "time" and schedule is None:
+def _check_needs(kind: str, span: Span, from_zero_snr: bool) -> None:
+    if kind == "time" and span.schedule is None:
         raise ValueError("diffusion.sample.steps=time are steps of a training schedule: give it, or use steps=cosine")
-    if kind == "karras" and not rho > 0:
-        raise ValueError(f"diffusion.sample.rho={rho} must be positive")
-    if from_zero_snr and kind in ("logsnr", "karras"):
+    if kind == "karras" and not span.rho > 0:
+        raise ValueError(f"diffusion.sample.rho={span.rho} must be positive")
+    if from_zero_snr and kind in WITHOUT_ZERO_SNR:
         raise ValueError(f"diffusion.sample.from_zero_snr has no place in steps={kind}: use cosine or flow")
     if kind == "list":
-        _check_list(torch.tensor(listed, dtype=torch.float64))
+        _check_list(torch.tensor(span.listed, dtype=torch.float64))
+    if kind == "aligned" and len(span.aligned) < 2:
+        raise ValueError(
+            "diffusion.sample.steps=aligned are levels that were optimised for a trained network, and there are none:"
+            " run `tokenloom steps --config ...`, or use steps=karras"
+        )
 
 
 def _check_list(levels: Tensor) -> None:

@@ -19,12 +19,15 @@ from engine.sources import open_images
 from engine.task import Task
 from generator.autoregressive_task import AutoregressiveTask
 from generator.card import family_of, generator_card
+from generator.condition_config import ConditionConfig
 from generator.config import AutoregressiveConfig, DiffusionConfig
+from generator.consistency_task import ConsistencyTask
 from generator.diffusion import check_outside
 from generator.diffusion_task import DiffusionTask
+from generator.learned_task import LearnedScheduleTask
 from generator.order import fold_order
 from generator.snapshots import load_outside
-from tokenizer.encode import check_size, open_codes
+from tokenizer.encode import caption_facts, check_size, open_codes
 from tokenizer.model import Tokenizer, load_tokenizer
 
 
@@ -47,12 +50,14 @@ def train_generator(
     """
     if family != family_of(config):
         raise ValueError(f"family={family!r} does not fit the section {type(config).__name__}")
+    if isinstance(config, DiffusionConfig) and config.schedule.kind == "learned" and device.parallel == "fsdp":
+        raise ValueError("diffusion.schedule.kind=learned needs its weights before the network: use run.parallel=ddp")
     tokenizer = load_tokenizer(run.tokenizer_folder)
     source, content = open_source(config, tokenizer, run=run, data=data)
     test_shards = open_codes(run, "test", tokenizer)
     folder = run.folder / family
-    identity = {"seed": run.seed, family: to_dict(config), "codes": content}
-    defaults = {family: to_dict(type(config)())}
+    identity = {"seed": run.seed, family: _shaping(config), "codes": content}
+    defaults = {family: _shaping(type(config)())}
     if is_finished(folder, identity, defaults):
         return folder
     card = generator_card(config, source, tokenizer)
@@ -76,6 +81,11 @@ def train_generator(
     return folder
 
 
+def _shaping(config: AutoregressiveConfig | DiffusionConfig) -> dict[str, Any]:
+    """A section without what begins once the network is trained."""
+    return {key: value for key, value in to_dict(config).items() if key != "align"}
+
+
 def reads_codes(config: AutoregressiveConfig | DiffusionConfig) -> bool:
     """Whether this family learns from encoded training images on disk."""
     return isinstance(config, DiffusionConfig) or config.codes == "cached"
@@ -91,12 +101,20 @@ def open_source(
     """
     if reads_codes(config):
         shards = open_codes(run, "train", tokenizer)
-        return shards, shards.identity()
+        return shards, _read_of(shards.identity(), config.condition)
     check_size(tokenizer, data, run.tokenizer_folder)
     images = open_images(data, "train")
     augmentation = {"crop": data.crop, "flip": data.flip}
     origin = {"tokenizer_fingerprint": tokenizer.code_fingerprint, "images": images.content()}
-    return images, {**origin, "augmentation": augmentation}
+    facts = {**origin, "augmentation": augmentation, **caption_facts(images)}
+    return images, _read_of(facts, config.condition)
+
+
+def _read_of(identity: dict[str, Any], condition: ConditionConfig) -> dict[str, Any]:
+    """What identifies codes without what only generators of other conditions read of them."""
+    texts = condition.kind == "text" and condition.text.captions == "data"
+    unread = {"low_resolution": condition.kind != "image", "captions": not texts}
+    return {key: value for key, value in identity.items() if not unread.get(key)}
 
 
 def build_task(
@@ -109,6 +127,9 @@ def build_task(
 ) -> Task:
     """The training of one family, with fresh weights."""
     if isinstance(config, AutoregressiveConfig):
-        return AutoregressiveTask(config=config, card=card, test_shards=test_shards, tokenizer=tokenizer)
+        return AutoregressiveTask(config=config, card=card, source=source, test_shards=test_shards, tokenizer=tokenizer)
     assert isinstance(source, Shards), "diffusion learns from latents on disk"
-    return DiffusionTask(config=config, shards=source, test_shards=test_shards, tokenizer=tokenizer)
+    kind = ConsistencyTask if config.objective.kind == "consistency" else DiffusionTask
+    if config.schedule.kind == "learned":
+        kind = LearnedScheduleTask
+    return kind(config=config, shards=source, test_shards=test_shards, tokenizer=tokenizer)

@@ -1,4 +1,4 @@
-"""The transformer that both generators share: attention (full, causal, cached), MLP, pre-norm block.
+"""The transformer that both generators share: attention (full, causal, cached, to a text), MLP, pre-norm block.
 
 A block is the published one (LayerNorm, GELU, biases) or, with `modern`, one of the parts that later language models
 settled on: RMSNorm (Zhang & Sennrich, 2019), SwiGLU (Shazeer, 2020), QK-norm (Henry et al., 2020; Dehghani et al.,
@@ -133,6 +133,29 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, T, 3, H, d]
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         return self.query_norm(query), self.key_norm(key), value
+
+
+class CrossAttention(nn.Module):
+    """Norm, and multi-head attention in which each token asks those of a text; `qk_norm` as of `Attention`.
+
+    Texts are padded by tokens of their own, so there is no mask.
+    """
+
+    def __init__(self, width: int, heads: int, *, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.query_norm, self.key_norm = (RMSNorm(width // heads) if qk_norm else nn.Identity() for _ in range(2))
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        """Map [B, T, D] to [B, T, D], given a text [B, L, D]."""
+        query = self.query(self.norm(x)).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, T, d]
+        key, value = self.key_value(text).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, L, d] each
+        mixed = attention(self.query_norm(query), self.key_norm(key), value)  # [B, H, T, d]
+        return self.out(mixed.transpose(1, 2).flatten(2))  # [B, T, D]
 
 
 class Dropout(nn.Module):

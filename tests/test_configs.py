@@ -17,12 +17,15 @@ from engine.sources import SOURCES
 from eval.variants import samplings
 from generator.autoregressive import build_network
 from generator.clusters import DIVISIONS
+from generator.consistency import build_objective
 from generator.curriculum import PLACES, Curriculum
 from generator.diffusion import build_denoiser
-from generator.objective import TARGETS, WEIGHTS, Objective
+from generator.discretisation import COUNTS
+from generator.learned_schedule import LearnedSchedule
+from generator.objective import TARGETS, WEIGHTS
 from generator.path import PATHS
 from generator.schedule import SCHEDULES, build_schedule
-from generator.solvers import ODE_SOLVERS, SDE_SOLVERS
+from generator.solvers import CONSISTENCY_SOLVERS, ODE_SOLVERS, SDE_SOLVERS
 from generator.steps import STEPS
 from tokenizer.model import Tokenizer
 from tokenizer.quantize import GRADIENTS
@@ -66,8 +69,9 @@ def test_every_yaml_parses_and_builds(path: Path, row: str | None) -> None:
         if experiment.autoregressive is not None:
             build_network(experiment.autoregressive.model, card)
         if experiment.diffusion is not None:
-            build_denoiser(experiment.diffusion.model, card)
-            Objective.from_config(to_dict(experiment.diffusion))
+            told = to_dict(experiment.diffusion)
+            build_denoiser(experiment.diffusion.model, {**card, "config": told})
+            build_objective(to_dict(experiment.diffusion))
     if experiment.diffusion is not None:
         schedule, train = build_schedule(experiment.diffusion.schedule), experiment.diffusion.train
         Curriculum(experiment.diffusion.curriculum, schedule, steps=train.steps)
@@ -108,13 +112,14 @@ TABLES = {
     "data.source": SOURCES,
     "tokenizer.quantizer.gradient": GRADIENTS,
     "diffusion.path": PATHS,
-    "diffusion.schedule.kind": SCHEDULES,
+    "diffusion.schedule.kind": {**SCHEDULES, "learned": LearnedSchedule},
     "diffusion.schedule.mixed.kind": SCHEDULES,
     "diffusion.curriculum.kind": PLACES,
     "diffusion.curriculum.clusters": DIVISIONS,
     "diffusion.target": TARGETS,
     "diffusion.weight": WEIGHTS,
-    "diffusion.sample.solver": {**ODE_SOLVERS, **SDE_SOLVERS},
+    "diffusion.objective.discretisation": COUNTS,
+    "diffusion.sample.solver": {**ODE_SOLVERS, **SDE_SOLVERS, **CONSISTENCY_SOLVERS},
     "diffusion.sample.steps": STEPS,
 }
 
@@ -124,8 +129,14 @@ def test_every_choice_is_in_its_table_and_nothing_else_is(key: str, table: dict)
     assert set(dict(choices(Experiment))[key]) == set(table)
 
 
+CONSISTENCY = ["diffusion.objective.kind=consistency", "diffusion.sample.solver=consistency"]
+LEVEL_MAPS = ["diffusion.schedule.kind=learned", "diffusion.sample.steps=time"]
 # What a choice needs beside it; a dot in front stands for its own section.
 COMPANIONS = {
+    **dict.fromkeys(("consistency", "polynomial", "sinusoidal", "element"), CONSISTENCY),
+    "diffusion.objective.discretisation=constant": CONSISTENCY,
+    "diffusion.schedule.learned.per=channel": LEVEL_MAPS,
+    "diffusion.schedule.learned.per=pixel": [*LEVEL_MAPS, "diffusion.condition.kind=image"],
     "exponential": [".final_learning_rate=1e-6"],
     "fsq": [".levels=[4,4]", "tokenizer.model.code_dim=2"],
     "easy_to_hard": [".num_clusters=3", ".patience=3"],
@@ -142,7 +153,11 @@ COMPANIONS = {
 
 CHOICES = dict(choices(Experiment))
 # Refused beside some choice of another key.
-APART = ("kl", "pixels", "fixed")
+APART = (
+    *("consistency", "polynomial", "sinusoidal", "element", "diffusion.objective.discretisation=constant"),
+    *("diffusion.schedule.learned.per=channel", "diffusion.schedule.learned.per=pixel"),
+    *("kl", "pixels", "fixed"),
+)
 
 
 def accepted(chosen: dict[str, str]) -> None:
@@ -150,7 +165,8 @@ def accepted(chosen: dict[str, str]) -> None:
     words = [f"--{key}={value}" for key, value in chosen.items()]
     for key, value in chosen.items():
         section = key.rpartition(".")[0]
-        words += [f"--{section if more[0] == '.' else ''}{more}" for more in COMPANIONS.get(value, ())]
+        beside = [*COMPANIONS.get(value, ()), *COMPANIONS.get(f"{key}={value}", ())]
+        words += [f"--{section if more[0] == '.' else ''}{more}" for more in beside]
     experiment = load_experiment(["--config", str(SMOKE), *words])
     for key, value in chosen.items():
         assert functools.reduce(getattr, key.split("."), experiment) == value, key
@@ -160,11 +176,12 @@ def accepted(chosen: dict[str, str]) -> None:
 def test_every_choice_can_be_given_on_the_command_line(turn: int) -> None:
     """The first choices of all keys together, then the second ones, and so on."""
     turns = {key: values[turn] for key, values in CHOICES.items() if turn < len(values)}
-    accepted({key: value for key, value in turns.items() if value not in APART})
+    accepted({key: value for key, value in turns.items() if not {value, f"{key}={value}"} & {*APART}})
 
 
 @pytest.mark.parametrize("value", APART)
 def test_a_choice_that_stands_apart_can_be_given_too(value: str) -> None:
     for key, values in CHOICES.items():
-        if value in values:
-            accepted({key: value})
+        for each in values:
+            if value in (each, f"{key}={each}"):
+                accepted({key: each})

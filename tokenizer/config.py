@@ -244,6 +244,9 @@ class TokenizerConfig:
     views: int = 1
     """Versions of each training image on disk, of which a generator draws one: the centre crop, then others as
     data.crop draws them, every second one mirrored if data.flip."""
+    low_resolution: int | None = None
+    """Encode each image once more, shrunk by this factor and enlarged again: the condition of a diffusion model that
+    restores images (diffusion.condition.kind=image). It divides data.size."""
     encode_batch_size: int = 64
     """Images per step of encoding and of validation."""
 
@@ -251,6 +254,9 @@ class TokenizerConfig:
         for key in ("views", "encode_batch_size"):
             if getattr(self, key) < 1:
                 raise ValueError(f"tokenizer.{key}={getattr(self, key)} must be at least 1")
+        if self.low_resolution is not None and self.low_resolution < 2:
+            told = f"tokenizer.low_resolution={self.low_resolution}"
+            raise ValueError(f"{told} must be at least 2; leave it out to encode no smaller images")
         if self.encoder_from is not None and self.latent_statistics != "per_channel":
             told = f"tokenizer.latent_statistics={self.latent_statistics}"
             raise ValueError(f"{told} has no effect with tokenizer.encoder_from, whose latents are kept: leave it out")
@@ -282,7 +288,7 @@ def check_idle(config: TokenizerConfig) -> None:
         told = ", ".join(f"tokenizer.{key}={value}" for key, (_, value) in idle.items())
         raise ValueError(
             f"{told}: no effect with tokenizer.model.architecture={config.model.architecture}, which has nothing to"
-            " train: leave it out; latent_statistics, views and encode_batch_size alone are read"
+            " train: leave it out; latent_statistics, views, low_resolution and encode_batch_size alone are read"
         )
 
 

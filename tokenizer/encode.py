@@ -18,11 +18,14 @@ from engine.images import ImageSet
 from engine.log import progress
 from engine.shards import Shards, ShardWriter, open_shards
 from engine.sources import open_images
+from engine.splits import digest
 from tokenizer.config import TokenizerConfig
 from tokenizer.model import Tokenizer, load_tokenizer
+from tokenizer.smaller import check_factor, smaller_version
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
+MADE_FROM = ("images", "augmentation", "captions", "low_resolution")  # keys of meta.json; beside them, the tokenizer
 
 
 def encode_images(
@@ -35,18 +38,23 @@ def encode_images(
 ) -> Path:
     """Encode these splits with the run's trained tokenizer; returns the folder that holds them.
 
-    A split that is there already, from this tokenizer, these images and these views, is left alone. The training split
-    holds `tokenizer.views` versions of each image, the test split the centre crop alone.
+    A split that is there already, from this tokenizer, these images, captions and views, is left alone. The training
+    split holds `tokenizer.views` versions of each image, the test split the centre crop alone; with
+    `tokenizer.low_resolution` each version has the latents of its smaller version beside its own.
 
     Raises:
-        ValueError: there is no trained tokenizer, or it was trained at another image size.
+        ValueError: there is no trained tokenizer, it was trained at another image size, or images cannot be shrunk by
+            the factor of low_resolution.
     """
     model = load_tokenizer(run.folder).to(device.device)
     check_size(model, data, run.folder)
+    if tokenizer.low_resolution is not None:
+        check_factor(data.size, tokenizer.low_resolution)
     for split in splits:
         images, folder = open_images(data, split), run.folder / "codes" / split
         views = tokenizer.views if split == "train" else 1
-        meta = shard_meta(model, images, {"views": views, "crop": data.crop, "flip": data.flip} if views > 1 else {})
+        augmentation = {"views": views, "crop": data.crop, "flip": data.flip} if views > 1 else {}
+        meta = shard_meta(model, images, augmentation, low_resolution=tokenizer.low_resolution)
         if not is_encoded(folder, meta):
             size = tokenizer.encode_batch_size
             encode_split(model, images, folder, meta, views=views, batch_size=size, device=device)
@@ -106,7 +114,11 @@ def encode_split(
     batch_size: int,
     device: Device,
 ) -> None:
-    """Write the codes and latents of all readable images of one split; every process encodes its share."""
+    """Write the codes and latents of all readable images of one split; every process encodes its share.
+
+    `meta` is that of `shard_meta`; by it the smaller images are encoded too.
+    """
+    factor, texts = meta.get("low_resolution"), images.captions
     start, stop = (len(images) * rank // device.world for rank in (device.rank, device.rank + 1))
     names = ("original", *(f"view_{view}" for view in range(1, views)))
     draws = [view_draws(len(images), view) for view in range(1, views)]
@@ -126,7 +138,14 @@ def encode_split(
                 found = [codes for codes, _ in pairs if codes is not None]
                 codes = torch.stack(found, 1) if found else None  # [B, V, T]
                 latents = torch.stack([latents for _, latents in pairs], 1)  # [B, V, C, h, w]
-                writer.append(labels=batch["labels"], codes=codes, latents=latents)
+                small = [smaller_version(version, factor).to(device.device) for version in versions] if factor else []
+                writer.append(
+                    labels=batch["labels"],
+                    codes=codes,
+                    latents=latents,
+                    smaller=torch.stack([tokenizer.to_latents(each) for each in small], 1) if small else None,
+                    captions=None if texts is None else [texts[row] for row in rows],
+                )
                 bar.update(len(rows))
         writer.close(meta)
 
@@ -138,8 +157,14 @@ def view_draws(num_images: int, view: int) -> np.ndarray:
     return draws
 
 
-def shard_meta(tokenizer: Tokenizer, images: ImageSet, augmentation: dict[str, Any]) -> dict[str, Any]:
-    """What a generator must know of its codes and latents, and what made them."""
+def shard_meta(
+    tokenizer: Tokenizer, images: ImageSet, augmentation: dict[str, Any], *, low_resolution: int | None = None
+) -> dict[str, Any]:
+    """What a generator must know of its codes and latents, and what made them.
+
+    `captions`, a hash of them, and `low_resolution`, the factor, are there only where there are captions and smaller
+    images.
+    """
     return {
         "tokenizer_fingerprint": tokenizer.code_fingerprint,
         "grid": list(tokenizer.grid),
@@ -148,7 +173,14 @@ def shard_meta(tokenizer: Tokenizer, images: ImageSet, augmentation: dict[str, A
         "class_names": list(images.class_names),
         "images": images.content(),
         "augmentation": augmentation,
+        **caption_facts(images),
+        **({} if low_resolution is None else {"low_resolution": low_resolution}),
     }
+
+
+def caption_facts(images: ImageSet) -> dict[str, str]:
+    """What tells that captions have changed: their hash; nothing where there are none."""
+    return {} if images.captions is None else {"captions": digest(*images.captions)}
 
 
 def is_encoded(folder: Path, meta: dict[str, Any]) -> bool:
@@ -157,7 +189,7 @@ def is_encoded(folder: Path, meta: dict[str, Any]) -> bool:
         shards = open_shards(folder, fingerprint=meta["tokenizer_fingerprint"])
     except ValueError:
         return False
-    return all(shards.meta[key] == meta[key] for key in ("images", "augmentation"))
+    return all(shards.meta.get(key) == meta.get(key) for key in MADE_FROM)
 
 
 def encode_flops(tokenizer: Tokenizer) -> int:

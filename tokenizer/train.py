@@ -18,7 +18,7 @@ from engine.config import DataConfig, RunConfig, difference, to_dict
 from engine.device import Device
 from engine.images import ImageSet, to_float, to_uint8
 from engine.loop import fit
-from engine.optim import adamw
+from engine.optim import build_optimizer
 from engine.resume import check_identity, is_finished
 from engine.sources import open_images
 from engine.task import Task
@@ -38,7 +38,8 @@ USAGE_IMAGES = 256  # code usage is counted over so many images, as in ViT-VQGAN
 VALIDATION_IMAGES = 1024
 PREVIEW_IMAGES = 32
 LATENT_IMAGES = 10_000
-ENCODING = ("latent_statistics", "views", "encode_batch_size")  # settings that change nothing of what is learnt
+# Settings that change nothing of what is learnt.
+ENCODING = ("latent_statistics", "views", "low_resolution", "encode_batch_size")
 
 
 class TokenizerTask(Task):
@@ -50,7 +51,7 @@ class TokenizerTask(Task):
     def __init__(self, tokenizer: Tokenizer, config: TokenizerConfig, *, test: ImageSet, device: Device) -> None:
         self.config, self.test, self.device, self.tokenizer = config, test, device, tokenizer
         self.modules: dict[str, nn.Module] = {"tokenizer": tokenizer}
-        self.optimizers: dict[str, torch.optim.Optimizer] = {"tokenizer": adamw(tokenizer, config.train)}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {"tokenizer": build_optimizer(tokenizer, config.train)}
         self.codebook = tokenizer.quantizer if isinstance(tokenizer.quantizer, Codebook) else None
         if config.encoder_from is not None:
             self.codebook = None  # it is frozen
@@ -79,7 +80,7 @@ class TokenizerTask(Task):
         peak = settings.learning_rate or self.config.train.learning_rate
         self.modules["discriminator"] = network
         training = replace(self.config.train, learning_rate=peak, betas=settings.betas, weight_decay=0.0)
-        self.optimizers["discriminator"] = adamw(network, training)
+        self.optimizers["discriminator"] = build_optimizer(network, training)
         self.adversary = Adversary(network, settings)
 
     def before_step(self) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engine.device import Device, setup
 from generator.sample import load_generator, sample_images, stream_images
+from generator.smaller import enlarged_latents
 from generator.snapshots import which_weights
 from tokenizer import model
 from tokenizer.model import Tokenizer
@@ -35,32 +36,39 @@ def sample(
     family: str,
     *,
     labels: Sequence[int] | None = None,
+    prompts: Sequence[str] | None = None,
+    images: Tensor | None = None,
     seeds: Sequence[int],
     **settings: Any,
 ) -> Tensor:
-    """Images from a run or exported folder, uint8 [B, 3, H, W]; image k depends on seeds[k] and labels[k] alone.
+    """Images from a run or exported folder, uint8 [B, 3, H, W]; image k depends on seeds[k] and its condition alone.
 
     Args:
         path: a run folder, or one written by `tokenloom export`.
         family: `autoregressive` or `diffusion`.
         labels: a class for each seed; None draws without a class.
+        prompts: a text for each seed, where the generator takes texts.
+        images: a smaller image for each seed, uint8 [B, 3, h, w], where the generator takes such.
         settings: keys of the family's `sample` section, such as `temperature` or `guidance`; the others are as trained.
 
     Raises:
-        ValueError: a missing model, an unknown setting, or labels and seeds of unequal length.
+        ValueError: a missing model, an unknown setting, a condition of another kind than the generator takes, or one
+            that is not as long as the seeds.
     """
     generator, tokenizer = load_generator(path, family), load_tokenizer(path)
     chosen = {**_trained_settings(generator), **settings}
     weights = {key: value for key, value in which_weights(chosen).items() if value is not None}
     if weights:
         generator = load_generator(path, family, **weights)
-    return sample_images(generator, tokenizer, _label_tensor(labels, seeds), list(seeds), **chosen)
+    condition = _condition(generator, tokenizer, seeds, labels=labels, prompts=prompts, images=images)
+    return sample_images(generator, tokenizer, condition, list(seeds), **chosen)
 
 
 def stream(
     path: str | Path,
     *,
     labels: Sequence[int] | None = None,
+    prompts: Sequence[str] | None = None,
     seeds: Sequence[int],
     every: int | None = None,
     **settings: Any,
@@ -71,7 +79,7 @@ def stream(
     batch_size set to the number of seeds.
 
     Args:
-        path, labels, seeds, settings: as of `sample`.
+        path, labels, prompts, seeds, settings: as of `sample`.
         every: codes between two pairs; None: a row of the code grid.
 
     Raises:
@@ -83,14 +91,22 @@ def stream(
     generator, tokenizer = load_generator(path, "autoregressive"), load_tokenizer(path)
     row = tokenizer.length // tokenizer.grid[0]
     chosen = {**_trained_settings(generator), **settings}
-    wanted = _label_tensor(labels, seeds)
+    wanted = _condition(generator, tokenizer, seeds, labels=labels, prompts=prompts, images=None)
     return stream_images(generator, tokenizer, wanted, list(seeds), every=row if every is None else every, **chosen)
 
 
-def _label_tensor(labels: Sequence[int] | None, seeds: Sequence[int]) -> Tensor | None:
-    if labels is not None and len(labels) != len(seeds):
-        raise ValueError(f"labels has {len(labels)} entries, seeds {len(seeds)}: give one label for each seed")
-    return None if labels is None else torch.tensor(list(labels))
+def _condition(generator: Any, tokenizer: Tokenizer, seeds: Sequence[int], **given: Any) -> Any:
+    """What is given of labels, prompts and images, as the generator takes it."""
+    wanted = {"class": "labels", "text": "prompts", "image": "images"}[generator.condition.kind]
+    for name, values in given.items():
+        if values is not None and name != wanted:
+            raise ValueError(f"{name} were given, but this generator was trained on {wanted}: give those")
+        if values is not None and len(values) != len(seeds):
+            raise ValueError(f"{name} has {len(values)} entries, seeds {len(seeds)}: give one for each")
+    values = given[wanted]
+    if values is None or wanted == "prompts":
+        return None if values is None else list(values)
+    return torch.tensor(list(values)) if wanted == "labels" else enlarged_latents(tokenizer, values)
 
 
 def _trained_settings(generator: Any) -> dict[str, Any]:

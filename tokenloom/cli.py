@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import shutil
 import sys
@@ -23,7 +24,9 @@ usage: tokenloom COMMAND --config FILE [--section.key=value ...]
   tokenizer  train stage 1
   encode     images to codes and latents on disk
   generator  train stage 2                                [--only autoregressive|diffusion]
+  steps      where a solver best stops, optimised for a trained diffusion model
   sample     pictures from a trained generator            [--only FAMILY] [--num 64] [--label 3] [--seed 0] [--out DIR]
+                                                          [--prompt "a photo of a frog"] [--image FILE|DIR]
                                                           [--acceptance 0.25] [--stream] [--npz FILE]
   eval       scores of a run                              [--only fid|reconstruction|probe]
              scores of any images                         tokenloom eval --generated A --reference B [--size 256]
@@ -149,17 +152,29 @@ def _generator(experiment: Experiment, device: Device, own: argparse.Namespace) 
         pipeline.train_generator(experiment, device, family)
 
 
+def _steps(experiment: Experiment, device: Device, _: argparse.Namespace) -> None:
+    from tokenloom import pipeline
+
+    path = pipeline.align(experiment, device)
+    if device.is_main:
+        print(f"steps: {path}, drawn in {path.with_suffix('.png')}; --diffusion.sample.steps=aligned samples in them")
+
+
 def _sample(experiment: Experiment, device: Device, own: argparse.Namespace) -> None:
     sections = list(experiment.generators(own.only))
     if own.stream and any(family != "autoregressive" for family, _ in sections):
         raise ValueError("--stream shows samples that grow code by code: add --only autoregressive")
     if own.npz and Path(own.npz).suffix != ".npz":
         raise ValueError(f"--npz {own.npz}: the file must end in .npz; rename it")
+    if own.acceptance is not None and (own.prompt or own.image):
+        raise ValueError("--acceptance keeps what a classifier takes for the asked class: ask with --label alone")
+    images = [path for given in own.image for path in _image_files(Path(given))]
     picker = _picker(experiment, device, own) if own.acceptance is not None else None
     for family, config in sections:
         out = _sample_folder(experiment, family, own)
         how: dict[str, Any] = {"run": experiment.run, "config": config, "family": family, "device": device}
         how |= {"num": own.num, "label": own.label, "seed": own.seed, "out": out, "decoder": own.decoder}
+        how |= {"prompts": own.prompt, "images": images}
         how["partial"] = out.with_name(f"{out.name}-partial.png") if own.stream else None
         _draw(how, own.acceptance, picker)
         if device.is_main:
@@ -167,6 +182,21 @@ def _sample(experiment: Experiment, device: Device, own: argparse.Namespace) -> 
             print(f"{own.num} samples of {family}{best} in {out}; look at {out / 'grid.png'}")
             if own.npz:
                 _save_npz(out, Path(own.npz), family if len(sections) > 1 else "")
+
+
+def _image_files(path: Path) -> list[Path]:
+    """A picture, or those of a folder by name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from engine.splits import IMAGE_SUFFIXES
+
+    inside = sorted(path.iterdir()) if path.is_dir() else []
+    found = [each for each in inside if each.suffix.lower() in IMAGE_SUFFIXES] or [path]
+    if not found[0].is_file():
+        raise ValueError(f"--image {path}: no picture there; give a file, or a folder of such")
+    return found
 
 
 def _save_npz(samples: Path, path: Path, family: str) -> None:
@@ -217,6 +247,8 @@ def _sample_folder(experiment: Experiment, family: str, own: argparse.Namespace)
     name = f"{family}-seed{own.seed}-num{own.num}" + ("" if own.label is None else f"-label{own.label}")
     name += f"-by-{Path(own.decoder).name}" if own.decoder else ""
     name += "" if own.acceptance is None else f"-accept{own.acceptance:g}"
+    for option, words in (("prompt", own.prompt), ("image", own.image)):
+        name += f"-{option}-{hashlib.sha256(repr(words).encode()).hexdigest()[:8]}" if words else ""
     return experiment.run.folder / "samples" / name
 
 
@@ -365,12 +397,15 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "tokenizer": _staged("tokenizer", _tokenizer),
     "encode": _staged("encode", _encode),
     "generator": _staged("generator", _generator, only=FAMILY),
+    "steps": _staged("steps", _steps),
     "sample": _staged(
         "sample",
         _sample,
         only=FAMILY,
         num={"type": int, "default": 64, "help": "how many (default 64)"},
         label={"type": int, "help": "class to draw; without it all classes take turns"},
+        prompt={"action": "append", "default": [], "help": "text to draw; several --prompt take turns"},
+        image={"action": "append", "default": [], "help": "smaller image to restore, a file or a folder of such"},
         seed={"type": int, "default": 0, "help": "another seed, other samples (default 0)"},
         out={"help": "folder to write to; default: in the run's folder"},
         acceptance={"type": float, "help": ACCEPTANCE},

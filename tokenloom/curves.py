@@ -9,6 +9,7 @@ import numpy as np
 from engine.shards import Shards
 from tokenloom.charts import LOG_RATIO, Chart, Series
 from tokenloom.curriculum_curves import curriculum_panels, of_curriculum
+from tokenloom.learned_curve import learned_curve_panels, of_learned_curve
 from tokenloom.page import facts, note
 from tokenloom.panels import Curve, Panel, drawn, pair, points_of
 from tokenloom.run_files import RunFiles
@@ -39,15 +40,17 @@ def training_panels(run: RunFiles, stage: str) -> list[str]:
     """The main charts of a stage."""
     lines = run.metrics(stage)
     panels = [drawn(panel, lines, stage) for panel in PANELS[stage]]
-    return panels + (curriculum_panels(lines) if stage == "diffusion" else [])
+    if stage != "diffusion":
+        return panels
+    return panels + learned_curve_panels(lines) + curriculum_panels(lines)
 
 
 def other_panels(run: RunFiles, stage: str) -> list[str]:
     """A chart for everything else that the stage logged and that was not always 0."""
     lines = run.metrics(stage)
     shown = {curve.key for panel in PANELS[stage] for curve in panel.curves}
-    found = {key for line in lines for key, value in line.items() if value and not of_curriculum(key)}
-    keys = sorted(found - shown - {"step"})
+    found = {key for line in lines for key, value in line.items() if value}
+    keys = sorted(key for key in found - shown - {"step"} if not of_curriculum(key) and not of_learned_curve(key))
     names = dict.fromkeys(key.removeprefix("validation/") for key in keys)
     panels = (Panel(name.replace("_", " "), "", pair(name, "training", "held out")) for name in names)
     return [drawn(panel, lines, stage) for panel in panels]

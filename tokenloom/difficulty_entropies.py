@@ -82,5 +82,11 @@ def relative_entropies(config: DiffusionConfig, latents: torch.Tensor, *, draws:
 
 
 def curriculum_of(config: DiffusionConfig) -> Curriculum:
-    """The clusters of a configuration."""
+    """The clusters of a configuration.
+
+    Raises:
+        ValueError: a learned schedule, whose levels no configuration tells.
+    """
+    if config.schedule.kind == "learned":
+        raise ValueError("schedule.kind=learned has no levels before the training: leave study.difficulty out")
     return Curriculum(config.curriculum, build_schedule(config.schedule), steps=config.train.steps)

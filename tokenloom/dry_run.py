@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.batches import part_rows
-from engine.config import RunConfig, TrainConfig
+from engine.config import RunConfig, TrainConfig, to_dict
 from engine.device import choose_precision
 from engine.flops import TRAINING_FACTOR, forward_flops, saved_bytes
 from engine.shards import open_shards
 from engine.sources import open_images
 from eval.variants import samplings
 from generator.autoregressive import build_network
+from generator.condition import condition_of
 from generator.config import AutoregressiveConfig, DiffusionConfig
 from generator.curriculum import Curriculum
 from generator.diffusion import build_denoiser
@@ -98,6 +99,9 @@ def dry_run(experiment: Experiment) -> str:
         head.append("the tokenizer's encoder and bottleneck are frozen: they count forwards alone, its decoder in full")
     if experiment.autoregressive is not None and not reads_codes(experiment.autoregressive):
         head.append("each autoregressive step encodes its images: that and the frozen tokenizer's weights are counted")
+    conditions = [family.condition for _, family in experiment.generators()]
+    if any(each.kind == "text" and each.text.encoder != "bytes" for each in conditions):
+        head.append("the frozen text encoder, which reads each distinct text once, counts nowhere")
     if experiment.diffusion is not None and experiment.diffusion.curriculum.least_steps:
         curriculum, steps = experiment.diffusion.curriculum, experiment.diffusion.train.steps
         head.append(
@@ -117,7 +121,8 @@ def build_stages(experiment: Experiment, classes: int) -> Iterator[Stage]:
         tokenizer = borrowed_tokenizer(experiment.run, experiment.data).to(torch.get_default_device())
     for name, family in experiment.generators():
         card = {
-            "grid": tokenizer.grid, "codes_per_token": tokenizer.quantizer.codes_per_token,
+            "config": to_dict(family), "class_names": [], "grid": tokenizer.grid,
+            "codes_per_token": tokenizer.quantizer.codes_per_token,
             "vocab_size": tokenizer.vocab_size, "latent_shape": tokenizer.latent_shape,
             "num_classes": 0 if family.model.label_dropout == 1 else classes,
         }  # fmt: skip
@@ -160,29 +165,38 @@ def generator_stage(
     name: str, family: AutoregressiveConfig | DiffusionConfig, card: dict[str, Any], tokenizer: Tokenizer
 ) -> Stage:
     """The network of one family, for the codes or latents that the card describes."""
-    labels, tokens = torch.empty(1, dtype=torch.int64), math.prod(card["grid"])
     if isinstance(family, AutoregressiveConfig):
         return autoregressive_stage(name, family, card, tokenizer)
     with torch.device("cpu"):  # where its numbers are computed; refuses clusters without draws before any training
         Curriculum(family.curriculum, build_schedule(family.schedule), steps=family.train.steps)
     dit, latents = build_denoiser(family.model, card), torch.empty(1, *card["latent_shape"])
-    inputs, tokens = (latents, torch.empty(1), labels), tokens // family.model.patch_size**2
-    return Stage(name=name, network=dit, inputs=inputs, loss=denoising, tokens=tokens, train=family.train)
+    return Stage(
+        name=name, network=dit, inputs=(latents, torch.empty(1), null_row(card)), loss=denoising,
+        tokens=math.prod(card["grid"]) // family.model.patch_size**2, train=family.train,
+        factor=TRAINING_FACTOR + (family.objective.kind == "consistency"),  # whose teacher is the network itself
+    )  # fmt: skip
 
 
 def autoregressive_stage(name: str, family: AutoregressiveConfig, card: dict[str, Any], tokenizer: Tokenizer) -> Stage:
     """The autoregressive network; with codes=on_the_fly the frozen tokenizer encodes the images of each step."""
     vim = build_network(family.model, card, random_order=family.order.kind == "random")
-    codes, labels = torch.empty(1, vim.length, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
+    codes, told = torch.empty(1, vim.length, dtype=torch.int64), null_row(card)
     factor, beside = float(TRAINING_FACTOR), 0
     if not reads_codes(family):
         with torch.device("cpu"):  # which operations are counted on: what they allocate must lie there too
-            factor += encode_flops(tokenizer) / forward_flops(vim, codes, labels)
+            factor += encode_flops(tokenizer) / forward_flops(vim, codes, told)
         beside = FLOAT * count_parameters(tokenizer)
     return Stage(
-        name=name, network=vim, inputs=(codes, labels), loss=next_code, tokens=vim.length, train=family.train,
+        name=name, network=vim, inputs=(codes, told), loss=next_code, tokens=vim.length, train=family.train,
         factor=factor, beside=beside,
     )  # fmt: skip
+
+
+def null_row(card: dict[str, Any]) -> Tensor:
+    """A row [1, ...] of the card's condition without values, on the current device."""
+    with torch.device("cpu"):  # texts are split into numbers
+        null = condition_of(card).null(1)
+    return torch.empty(null.shape, dtype=null.dtype)
 
 
 def reconstruction(network: nn.Module, images: Tensor) -> Tensor:
@@ -201,14 +215,14 @@ def judgement(network: nn.Module, images: Tensor) -> Tensor:
     return F.softplus(network(images).float()).mean()
 
 
-def next_code(network: nn.Module, codes: Tensor, labels: Tensor) -> Tensor:
+def next_code(network: nn.Module, codes: Tensor, condition: Tensor) -> Tensor:
     """The autoregressive loss."""
-    return F.cross_entropy(network(codes, labels).flatten(0, 1).float(), codes.flatten())
+    return F.cross_entropy(network(codes, condition).flatten(0, 1).float(), codes.flatten())
 
 
-def denoising(network: nn.Module, latents: Tensor, logsnr: Tensor, labels: Tensor) -> Tensor:
+def denoising(network: nn.Module, latents: Tensor, logsnr: Tensor, condition: Tensor) -> Tensor:
     """The diffusion loss, but for its weights."""
-    return (network(latents, logsnr, labels).float() - latents).square().mean()
+    return (network(latents, logsnr, condition).float() - latents).square().mean()
 
 
 def stage_facts(stage: Stage, run: RunConfig, world: int, place: str, precision: str) -> dict[str, str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoint import load_model, save_model, write_atomic
+from generator.aligned_steps import copy_aligned
 from generator.snapshots import load_generator
 from tokenloom.run_files import FAMILIES, tokenizer_folder
 
@@ -14,7 +15,7 @@ STAGES = ("tokenizer", "autoregressive", "diffusion")
 
 
 def export(run: Path, out: Path) -> Path:
-    """Copy the verified weights and cards of a run, and its scores, to `out`; returns it.
+    """Copy the verified weights and cards of a run, its optimised steps and its scores to `out`; returns it.
 
     A tokenizer that the run takes from another one is copied from there. Snapshots stay behind: of a model whose own
     samples are drawn from one, or from an average made of them, these very weights are written.
@@ -31,6 +32,8 @@ def export(run: Path, out: Path) -> Path:
     for card in cards.values():
         _check_guide(card)
     fingerprints = {stage: _write_model(cards[stage], home, out / stage) for stage, home in homes.items()}
+    if "diffusion" in homes:
+        copy_aligned(homes["diffusion"], out / "diffusion", fingerprints["diffusion"])
     for name in ("config.yaml", "eval/metrics.json"):
         if (run / name).exists():
             shutil.copyfile(run / name, out / Path(name).name)

@@ -16,20 +16,27 @@ from engine.batches import part_rows
 from engine.checkpoint import write_atomic, write_json
 from engine.config import difference, to_dict, to_yaml
 from engine.device import Device, check_sampling_precision
+from engine.images import ImageSet
 from engine.log import clock
 from engine.resume import completed
+from engine.shards import Shards
 from engine.sources import open_images
 from eval.protocol import Record
+from eval.restoration import check_enough_test
 from eval.variants import check_samplings, drawn_from, names_weights, samplings
 from generator import sample as sampling
 from generator import train as generating
+from generator.align import align_steps
+from generator.aligned_steps import check_coming, read_aligned
 from generator.config import AutoregressiveConfig, DiffusionConfig
 from tokenizer import encode as encoding
 from tokenizer import train as tokenizing
 from tokenizer.perceptual import open_perceptual
+from tokenizer.smaller import check_factor
 from tokenloom.dry_run import ASSUMED_CLASSES, build_stages, encoded_splits
 from tokenloom.experiment import Experiment
 from tokenloom.report import write_report
+from tokenloom.steps_judge import open_judge
 
 
 def run_all(experiment: Experiment, device: Device) -> Path | None:
@@ -68,20 +75,46 @@ def check(experiment: Experiment, device: Device) -> None:
             part_rows(stage.train.batch_size, 0, device.world * stage.train.accumulate)
     if experiment.run.tokenizer is None and experiment.tokenizer.loss.perceptual:
         open_perceptual(experiment.tokenizer.loss.perceptual_network, image_size=experiment.data.size)
-    classes, families = len(open_images(experiment.data, "train").class_names), dict(experiment.generators())
+    train_set, families = open_images(experiment.data, "train"), dict(experiment.generators())
+    check_conditions(experiment, train_set)
+    classes = len(train_set.class_names)
     check_samplings(experiment.eval, families, classes=classes, run=experiment.run.folder)
     for _, family, config in samplings(experiment.eval, families):
         check_sampling_precision(family, config.sample.precision, device.device)
+        if isinstance(config, DiffusionConfig):
+            check_coming(config, experiment.run.folder / family)
     judge.check(data=experiment.data, eval=experiment.eval, device=device)
+
+
+def check_conditions(experiment: Experiment, train_set: ImageSet) -> None:
+    """Raise ValueError unless there will be the captions and smaller images that the generators are told."""
+    own, factor = experiment.run.tokenizer is None, experiment.tokenizer.low_resolution
+    if own and factor is not None:
+        check_factor(experiment.data.size, factor)
+    for family, config in experiment.generators():
+        condition = config.condition
+        if own and condition.kind == "image" and factor is None:
+            raise ValueError(
+                f"{family}.condition.kind=image needs smaller versions of the images beside their latents: set"
+                " tokenizer.low_resolution, to 4 for instance"
+            )
+        if condition.kind == "text" and condition.text.captions == "data" and train_set.captions is None:
+            raise ValueError(
+                f"{family}.condition.text.captions=data, but the images have no captions: set data.caption_column, or"
+                " captions=templates"
+            )
+    check_enough_test(experiment.eval, experiment.diffusion, open_images(experiment.data, "test"))
 
 
 def check_tokenizer(experiment: Experiment) -> None:
     """Raise ValueError unless the run that run.tokenizer names has what the generators need: tokenizer and codes of
-    these images."""
+    these images, and their smaller versions where a condition is made of these."""
     run, data = experiment.run, experiment.data
     tokenizer = encoding.borrowed_tokenizer(run, data)
     for split in encoded_splits(experiment):
         shards = encoding.open_codes(run, split, tokenizer)
+        if experiment.diffusion is not None and experiment.diffusion.condition.kind == "image":
+            _check_smaller(shards, run.tokenizer)
         changes = difference(shards.meta["images"], open_images(data, split).content())
         if changes:
             told = ", ".join(f"{key} {before!r} -> {after!r}" for key, (before, after) in changes.items())
@@ -89,6 +122,16 @@ def check_tokenizer(experiment: Experiment) -> None:
                 f"run.tokenizer={run.tokenizer} has codes of other {split} images than this run's section data names"
                 f" ({told}): give it the same data, or leave run.tokenizer out"
             )
+
+
+def _check_smaller(shards: Shards, other: str | None) -> None:
+    """Raise ValueError unless the codes of another run have smaller images beside them."""
+    if shards.meta.get("low_resolution") is None:
+        command = f"tokenloom encode --config {Path(other or '') / 'config.yaml'} --tokenizer.low_resolution=4"
+        raise ValueError(
+            f"run.tokenizer={other} has no smaller images, which diffusion.condition.kind=image needs: `{command}` adds"
+            " them, for instance"
+        )
 
 
 def refuse_foreign(experiment: Experiment, command: str) -> None:
@@ -121,7 +164,7 @@ def encode(experiment: Experiment, device: Device) -> None:
 
 
 def train_generator(experiment: Experiment, device: Device, family: str) -> None:
-    """Stage 2: <run>/<family>."""
+    """Stage 2: <run>/<family>; then the steps of its solver, if diffusion.align asks for them."""
     if experiment.run.tokenizer is not None:
         check_tokenizer(experiment)
     config = dict(experiment.generators())[family]
@@ -129,6 +172,28 @@ def train_generator(experiment: Experiment, device: Device, family: str) -> None
         generating.train_generator(
             run=experiment.run, data=experiment.data, config=config, family=family, device=device
         )
+    if isinstance(config, DiffusionConfig) and config.align is not None:
+        align(experiment, device)
+
+
+def align(experiment: Experiment, device: Device) -> Path:
+    """Where a solver best stops for the trained diffusion model: <run>/diffusion/steps.json, and a picture of it.
+
+    Raises:
+        ValueError: there is no diffusion section, or as `align_steps`.
+    """
+    if experiment.diffusion is None:
+        raise ValueError("steps are those of a diffusion model, and this configuration has no section diffusion")
+    from tokenloom.steps_plot import write_steps_plot
+
+    with _stage(experiment, device, "steps", "diffusion/steps.json"):
+        path = align_steps(
+            run=experiment.run, config=experiment.diffusion, device=device,
+            judge=lambda: open_judge(experiment, device),
+        )  # fmt: skip
+        if device.is_main and _changed_at(path) > _changed_at(path.with_suffix(".png")):
+            write_steps_plot(path)
+    return path
 
 
 def draw_samples(experiment: Experiment, device: Device, family: str) -> None:
@@ -164,6 +229,9 @@ def _scored_as(experiment: Experiment) -> dict[str, Any]:
     drawn = samplings(experiment.eval, dict(experiment.generators()))
     special = [each for each in drawn if models[each.family] and names_weights(each.config)]
     models |= {each.subject: drawn_from(run.folder, each.config) for each in special}
+    if any(getattr(each.config.sample, "steps", "") == "aligned" for each in drawn):
+        aligned = read_aligned(run.folder / "diffusion")
+        models |= {"steps": None if aligned is None else list(aligned.stops)}
     return {"eval": told["eval"], "data": told["data"], "sample": sampling, "models": models}
 
 

@@ -12,10 +12,11 @@ from eval.names import INCEPTION, answers_to, better, parts_of
 from eval.protocol import Record, features_of
 from tokenloom.page import facts, flattened, table
 
-SUBJECTS = ("real", "tokenizer", "autoregressive", "diffusion", "autoregressive_random", "pixels")
+SUBJECTS = ("real", "tokenizer", "enlarged", "autoregressive", "diffusion", "autoregressive_random", "pixels")
 TITLES = {
     "real": "Real images against other real ones",
     "tokenizer": "Tokenizer",
+    "enlarged": "Smaller images, enlarged",
     "autoregressive": "Autoregressive transformer",
     "diffusion": "Latent diffusion",
     "autoregressive_random": "Autoregressive transformer, untrained",
@@ -38,9 +39,9 @@ class Kind:
 
 
 KINDS = {
-    "psnr": Kind("PSNR", "peak signal-to-noise ratio of reconstructions", "dB", 2),
-    "ssim": Kind("SSIM", "structural similarity of reconstructions", "", 3),
-    "lpips": Kind("LPIPS", "perceptual distance of reconstructions", "", 3),
+    "psnr": Kind("PSNR", "peak signal-to-noise ratio against the original", "dB", 2),
+    "ssim": Kind("SSIM", "structural similarity to the original", "", 3),
+    "lpips": Kind("LPIPS", "perceptual distance from the original", "", 3),
     "usage": Kind("Codebook usage", "codes that occur at all", PERCENT, 1),
     "usage_256": Kind("Codebook usage in 256 images", "mean over batches of 256", PERCENT, 1),
     "perplexity": Kind("Code perplexity", "as many equally frequent codes say as much", "", 1),

@@ -66,7 +66,7 @@ def decoders(batch: int, length: int, dtype: torch.dtype, *, compiled: bool) -> 
     def ours() -> Tensor:
         # As Autoregressive.sample does, packing included.
         uniforms = torch.zeros(batch, length)
-        return decode(packed(network, batch), start[:, 0], uniforms, settings, null_label=0)
+        return decode(packed(network, batch), start[:, 0], uniforms, settings, null=start[:, 0])
 
     def peer() -> Tensor:
         with torch.inference_mode():

@@ -24,7 +24,7 @@ from engine.config import RunConfig, TrainConfig
 from engine.device import setup
 from engine.log import Metrics, Progress
 from engine.loop import _Trainer
-from engine.optim import adamw
+from engine.optim import build_optimizer
 from engine.shards import ShardWriter, open_shards
 from generator.config import DENOISER_PRESETS, CurriculumConfig, DenoiserModelConfig, DiffusionConfig
 from generator.diffusion_task import DiffusionTask
@@ -49,11 +49,11 @@ class Plain(DiffusionTask):
     """The schedule's own draws, and nothing told but means."""
 
     def step(self, batch: dict[str, Tensor], rng: StepRandom) -> dict[str, Tensor]:
-        latents, labels = batch["latents"].float(), batch["labels"]
+        latents = batch["latents"].float()
         u, eps = rng.uniform(), rng.normal(*latents.shape[1:])
-        dropped = rng.uniform() < self.config.model.label_dropout
+        condition = self.conditions(batch, rng)
         logsnr = self.curriculum.schedule(u)
-        errors = self.errors(latents, labels.masked_fill(dropped, -1), logsnr, eps)
+        errors = self.errors(latents, condition, logsnr, eps)
         losses = self.losses(errors, logsnr)
         return {"loss": losses.mean(), "error": errors.detach().mean(), "mean_logsnr": logsnr.mean()}
 
@@ -90,7 +90,7 @@ class Course:
             config=config, shards=shards, test_shards=shards, tokenizer=cast(Tokenizer, Latent(tuple(args.latents)))
         )
         if network is not None:
-            task.modules["network"], task.optimizers["network"] = network, adamw(network, train)
+            task.modules["network"], task.optimizers["network"] = network, build_optimizer(network, train)
         run = RunConfig(device="cpu", precision="fp32", threads=args.threads)
         batches = Batches(shards, batch_size=args.batch, seed=0)
         self.trainer = _Trainer(task, batches, train=train, run=run, device=setup(run), folder=folder)

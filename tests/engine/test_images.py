@@ -211,6 +211,17 @@ def test_in_order_gives_every_readable_image_once():
     assert torch.cat([batch["images"] for batch in batches])[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 6]
 
 
+def test_batches_say_which_captions_are_theirs():
+    pictures = [b"broken", grey(1), grey(2)]
+    facts = {"labels": np.zeros(3, np.int64), "read": lambda index: pictures[index], "name": str, "digest": "x"}
+    told = ImageSet(Listing(captions=["a", "b", "c"], **facts), size=8, split="train", origin={})
+    with pytest.warns(UserWarning, match="unreadable"):
+        rows = told.load(np.array([2, 0]))["rows"]
+    assert rows.tolist() == [2, 1] and rows.dtype == torch.int64  # the image that took the place of the broken one
+    silent = ImageSet(Listing(**facts), size=8, split="train", origin={})
+    assert set(silent.load(np.array([1]))) == {"images", "labels"}
+
+
 def test_in_order_keeps_to_its_range():
     images = image_set([grey(level) for level in range(7)])
     batches = list(images.in_order(2, start=1, stop=6))

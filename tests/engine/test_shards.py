@@ -76,9 +76,60 @@ def test_latents_alone(tmp_path):
         shards.histogram()
 
 
+def test_smaller_images_stand_beside_the_latents_of_their_view(tmp_path):
+    batch = rows(3) | {"smaller": rows(3, seed=5)["latents"]}
+    shards = open_shards(write(tmp_path / "codes", batch), verify=True)
+    found = shards.load(np.array([2, 0]), np.array([[0.6], [0.1]]))
+    chosen = torch.tensor([2, 0]), torch.tensor([1, 0])
+    assert torch.equal(found["smaller"], batch["smaller"][chosen].half().float())
+    assert torch.equal(found["latents"], batch["latents"][chosen].half().float())
+    assert found["smaller"].dtype == torch.float32 and "smaller" not in open_rows(tmp_path, rows(3))
+
+
+def open_rows(folder, batch):
+    """The first row of a folder with this batch."""
+    return open_shards(write(folder / "others", batch)).load(np.array([0]))
+
+
+def test_captions_follow_their_rows_and_a_batch_says_which_they_are(tmp_path):
+    texts = ["a cat\nein Kätzchen", "", 'a "dog"', "b", "c"]
+    folder = write(tmp_path / "codes", {**rows(3), "captions": texts[:3]}, {**rows(2), "captions": texts[3:]})
+    shards = open_shards(folder, verify=True)
+    assert shards.captions == texts
+    found = shards.load(np.array([4, 0, 2]))["rows"]
+    assert found.tolist() == [4, 0, 2] and found.dtype == torch.int64
+
+
+def test_without_captions_nothing_tells_of_them(tmp_path):
+    shards = open_shards(write(tmp_path / "codes", rows(2)))
+    assert shards.captions is None and "rows" not in shards.load(np.array([1]))
+    assert set(shards.identity()) == {*META, "views", "n"}
+    assert set(shards.meta["parts"][0]["files"]) == {"labels", "codes", "latents"}
+
+
+def test_captions_are_one_for_each_row_of_all_batches(tmp_path):
+    with pytest.raises(ValueError, match=r"2 captions for 3 rows: give one for each"):
+        write(tmp_path / "a", {**rows(3), "captions": ["a", "b"]})
+    with pytest.raises(ValueError, match=r"append the same kinds"):
+        write(tmp_path / "b", {**rows(1), "captions": ["a"]}, rows(1))
+
+
+def test_altered_captions_are_noticed(tmp_path):
+    folder = write(tmp_path / "codes", {**rows(2), "captions": ["a cat", "a dog"]})
+    path = folder / "captions-00000-of-00001.json"
+    path.write_text(path.read_text().replace("cat", "rat"))
+    with pytest.raises(ValueError, match=r"captions-00000-of-00001.json: altered"):
+        open_shards(folder, verify=True)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match=r"captions-00000-of-00001.json: 2 bytes instead of \d+"):
+        open_shards(folder)
+
+
 def test_several_ranks_write_one_folder(tmp_path):
     barrier = threading.Barrier(3, timeout=10)
     parts = [rows(2, seed=1), None, rows(3, seed=3)]  # the second process had only unreadable images
+    for part, texts in ((parts[0], ["a", "b"]), (parts[2], ["c", "d", "e"])):
+        part["captions"] = texts
 
     def work(rank: int) -> None:
         batches = [parts[rank]] if parts[rank] else []
@@ -91,6 +142,7 @@ def test_several_ranks_write_one_folder(tmp_path):
         thread.join()
     shards = open_shards(tmp_path / "codes", verify=True)
     assert torch.equal(shards.load(np.arange(5))["codes"], torch.cat([parts[0]["codes"], parts[2]["codes"]])[:, 0])
+    assert shards.captions == list("abcde") and shards.load(np.array([3]))["rows"].tolist() == [3]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["codes"]
 
 

@@ -13,7 +13,7 @@ from engine.config import RunConfig, TrainConfig
 from engine.device import setup
 from engine.log import Histogram
 from engine.loop import fit
-from engine.optim import adamw
+from engine.optim import build_optimizer
 from engine.task import Task
 
 
@@ -46,7 +46,7 @@ class Denoise(Task):
             ),
             "second": nn.Linear(8, 8),
         }
-        self.optimizers = {name: adamw(module, train) for name, module in self.modules.items()}
+        self.optimizers = {name: build_optimizer(module, train) for name, module in self.modules.items()}
         self.bad_steps, self.pause, self.good, self.seen = bad_steps, pause, 0, 0
 
     def step(self, batch: dict[str, Tensor], rng: StepRandom) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from eval.speed import (
     code_flops,
     measure_autoregressive_step,
     measure_decoding,
+    measure_diffusion_step,
     measure_tokenizer,
     rows_per_image,
     speed,
@@ -32,6 +33,7 @@ from eval.speed import (
 from eval.stopwatch import LEAST, WARM_UP, time_calls, time_steps
 from generator.autoregressive import VIM
 from generator.card import generator_card
+from generator.condition_config import ConditionConfig, TextConfig
 from generator.config import (
     AutoregressiveConfig,
     AutoregressiveModelConfig,
@@ -40,6 +42,8 @@ from generator.config import (
     DiffusionConfig,
     DiffusionSampleConfig,
 )
+from generator.consistency_config import ObjectiveConfig
+from generator.text import ByteEncoder
 from tokenizer.adversary import passes_per_step
 from tokenizer.config import (
     DiscriminatorConfig,
@@ -125,6 +129,44 @@ def test_sampling_counts_what_the_solver_computes(run: RunConfig, device: Device
     # Heun calls the network twice a step but once in the last one; guidance doubles each call.
     assert sampling["note"].endswith("2 steps of 2 with heun")
     assert sampling["flops_per_image"] / (step["flops_per_image"] / 3) == pytest.approx(3 * 2)
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_other_conditions_than_classes_are_measured(run: RunConfig, device: Device, kind: Any) -> None:
+    condition = ConditionConfig(kind=kind, text=TextConfig(captions="data") if kind == "text" else TextConfig())
+    fly = replace(AUTOREGRESSIVE, condition=condition, codes="on_the_fly") if kind == "text" else None
+    rows = speed(
+        run=run, data=DataConfig(size=16), tokenizer=TOKENIZER, autoregressive=fly,
+        diffusion=replace(DIFFUSION, condition=condition), device=device, seconds=0.05,
+    )  # fmt: skip
+    told = {row["name"]: row for row in rows}
+    assert told.keys() >= {*STEPS[2 if fly is None else 1 :], *SAMPLING[1 if fly is None else 0 :]}
+    steps = told["diffusion sampling"]["flops_per_image"] / (told["diffusion step"]["flops_per_image"] / 3)
+    assert steps == pytest.approx(3 * 2)
+
+
+def test_one_more_code_attends_to_a_text_too() -> None:
+    size: dict[str, Any] = {"vocab_size": 32, "length": 24, "num_classes": 3}
+    text = ByteEncoder(width=16, length=9, depth=1)
+    told, labelled = (VIM(AUTOREGRESSIVE.model, text=each, **size) for each in (text, None))
+    assert code_flops(told, 5) == code_flops(labelled, 5 + 8)
+
+
+def test_a_consistency_model_is_its_own_teacher(run: RunConfig, device: Device) -> None:
+    sample = DiffusionSampleConfig(batch_size=2, num_steps=2, solver="consistency", steps="karras")
+    usual, both = (
+        diffusion_row(run, device, replace(DIFFUSION, objective=ObjectiveConfig(kind=kind), sample=each))
+        for kind, each in (("denoising", DIFFUSION.sample), ("consistency", sample))
+    )
+    assert both["flops_per_image"] == pytest.approx(usual["flops_per_image"] * 4 / 3, abs=3)
+
+
+def diffusion_row(run: RunConfig, device: Device, config: DiffusionConfig) -> dict[str, Any]:
+    """The row of a training step."""
+    tokenizer, bench = Tokenizer(TOKENIZER.model, image_size=16).eval(), Bench(run, device, seconds=0.02)
+    shards, _ = usable_shards(run, tokenizer, ("a", "b"), run.folder / "random")
+    measure_diffusion_step(bench, config, shards, tokenizer)
+    return bench.rows[0]
 
 
 def tokenizer_row(run: RunConfig, device: Device, config: TokenizerConfig) -> dict[str, Any]:
@@ -302,7 +344,7 @@ def test_listed_steps_count_and_another_network_that_guides_is_left_out(run: Run
     diffusion = replace(DIFFUSION, weight="learned", sample=sample)
     rows = speed(
         run=run, data=DataConfig(size=16), tokenizer=TOKENIZER, autoregressive=None, diffusion=diffusion,
-        device=device, seconds=0.05,
+        device=device, seconds=0.4,
     )  # fmt: skip
     row = next(row for row in rows if row["name"] == "diffusion sampling")
     assert "3 steps of 3 with dpmpp_2m" in row["note"] and "without its guide" in row["note"]

@@ -131,8 +131,13 @@ def test_uniforms_of_a_seed_do_not_depend_on_its_neighbours() -> None:
     assert together.shape == (3, 7)
 
 
+NULL = torch.tensor([2, 2])  # of a table with two labels
+
+
 class Table:
     """Logits that depend on the last token alone: row `label` at the start, then row `code`."""
+
+    leading = 0
 
     def __init__(self, starts: torch.Tensor, nexts: torch.Tensor) -> None:
         self.starts, self.nexts, self.calls, self.rows = starts, nexts, [], []
@@ -141,12 +146,12 @@ class Table:
         self.batch_size = batch_size
         return []
 
-    def advance(self, codes, labels, position, caches) -> torch.Tensor:
+    def advance(self, codes, condition, position, caches) -> torch.Tensor:
         assert len(codes) <= self.batch_size
-        assert codes.shape[1] + (labels is not None) == len(position)
+        assert codes.shape[1] + (condition is not None) == len(position)
         self.calls.append(position.tolist())
         self.rows.append(len(codes))
-        return self.starts[labels] if codes.shape[1] == 0 else self.nexts[codes[:, -1]]
+        return self.starts[condition] if codes.shape[1] == 0 else self.nexts[codes[:, -1]]
 
 
 @pytest.fixture
@@ -156,7 +161,7 @@ def table() -> Table:
 
 
 def test_decode_asks_for_each_position_once(table: Table) -> None:
-    codes = decode(table, torch.tensor([0, 1]), torch.rand(2, 4), AutoregressiveSampleConfig(), null_label=2)
+    codes = decode(table, torch.tensor([0, 1]), torch.rand(2, 4), AutoregressiveSampleConfig(), null=NULL)
     assert codes.shape == (2, 4)
     assert table.calls == [[0], [1], [2], [3]]
 
@@ -164,7 +169,7 @@ def test_decode_asks_for_each_position_once(table: Table) -> None:
 def test_decode_continues_a_prefix(table: Table) -> None:
     prefix = torch.tensor([[1, 2], [3, 4]])
     settings = AutoregressiveSampleConfig(temperature=0)
-    codes = decode(table, torch.tensor([0, 1]), torch.rand(2, 4), settings, null_label=2, prefix=prefix)
+    codes = decode(table, torch.tensor([0, 1]), torch.rand(2, 4), settings, null=NULL, prefix=prefix)
     assert torch.equal(codes[:, :2], prefix)
     assert torch.equal(codes[:, 2], table.nexts[prefix[:, 1]].argmax(-1))
     assert table.calls == [[0, 1, 2], [3]]
@@ -173,7 +178,7 @@ def test_decode_continues_a_prefix(table: Table) -> None:
 def test_guidance_doubles_the_batch_and_guides_the_first_code(table: Table) -> None:
     settings = AutoregressiveSampleConfig(temperature=0, guidance=4)
     labels = torch.tensor([0, 1])
-    codes = decode(table, labels, torch.rand(2, 1), settings, null_label=2)
+    codes = decode(table, labels, torch.rand(2, 1), settings, null=NULL)
     guided = table.starts[2] + 4 * (table.starts[labels] - table.starts[2])
     assert table.batch_size == 4
     assert torch.equal(codes[:, 0], guided.argmax(-1))
@@ -183,20 +188,20 @@ def test_guidance_doubles_the_batch_and_guides_the_first_code(table: Table) -> N
     {}, {"guidance": 1.0, "guidance_schedule": "linear"}, {"guidance": 1.0, "guidance_start": 0.5},
 ])  # fmt: skip
 def test_without_guidance_there_is_no_null_row(table: Table, settings: dict) -> None:
-    decode(table, torch.tensor([0, 1]), torch.rand(2, 4), AutoregressiveSampleConfig(**settings), null_label=2)
+    decode(table, torch.tensor([0, 1]), torch.rand(2, 4), AutoregressiveSampleConfig(**settings), null=NULL)
     assert table.batch_size == 2 and table.rows == [2] * 4
 
 
 def test_a_prefix_beyond_the_guided_part_needs_no_null_row(table: Table) -> None:
     settings = AutoregressiveSampleConfig(guidance=3, guidance_stop=0.25)
     prefix = torch.tensor([[1, 2, 3]])
-    decode(table, torch.tensor([0]), torch.rand(1, 8), settings, null_label=2, prefix=prefix)
+    decode(table, torch.tensor([0]), torch.rand(1, 8), settings, null=NULL[:1], prefix=prefix)
     assert table.batch_size == 1 and table.rows == [1] * 5
 
 
 def test_guidance_on_an_interval_costs_nothing_outside_it(table: Table) -> None:
     settings = AutoregressiveSampleConfig(guidance=3, guidance_start=0.25, guidance_stop=0.75)
-    decode(table, torch.tensor([0, 1]), torch.rand(2, 8), settings, null_label=2)
+    decode(table, torch.tensor([0, 1]), torch.rand(2, 8), settings, null=NULL)
     # Before code 2 (of 8) the null rows catch up; after code 5 they are left behind.
     assert list(zip(table.rows, table.calls, strict=True)) == [
         (2, [0]), (2, [1]), (2, [0, 1]), (4, [2]), (4, [3]), (4, [4]), (4, [5]), (2, [6]), (2, [7]),
@@ -206,14 +211,15 @@ def test_guidance_on_an_interval_costs_nothing_outside_it(table: Table) -> None:
 @pytest.mark.parametrize(("schedule", "power"), [("linear", 1.0), ("cosine", 1.0), ("cosine", 2.75)])
 def test_a_schedule_that_begins_at_one_spares_the_first_code(table: Table, schedule, power: float) -> None:
     settings = AutoregressiveSampleConfig(guidance=3, guidance_schedule=schedule, guidance_power=power)
-    decode(table, torch.tensor([0, 1]), torch.rand(2, 3), settings, null_label=2)
+    decode(table, torch.tensor([0, 1]), torch.rand(2, 3), settings, null=NULL)
     assert list(zip(table.rows, table.calls, strict=True)) == [(2, [0]), (2, [0]), (4, [1]), (4, [2])]
 
 
 def test_decoded_frequencies_follow_the_softmax(table: Table) -> None:
     num = 20_000
     uniforms = torch.rand(num, 1, generator=torch.Generator().manual_seed(1))
-    codes = decode(table, torch.zeros(num, dtype=torch.int64), uniforms, AutoregressiveSampleConfig(), null_label=2)
+    request = torch.zeros(num, dtype=torch.int64), uniforms, AutoregressiveSampleConfig()
+    codes = decode(table, *request, null=torch.full((num,), 2))
     frequencies = torch.bincount(codes[:, 0], minlength=6) / num
     expected = table.starts[0].softmax(-1)
     assert (frequencies - expected).abs().max() < 4 * math.sqrt(0.25 / num)
@@ -249,6 +255,11 @@ def network(request: pytest.FixtureRequest) -> VIM:
     return network.requires_grad_(False)
 
 
+def unknown(rows: int) -> torch.Tensor:
+    """Null labels of the network."""
+    return torch.full((rows,), CLASSES)
+
+
 def always_both(
     network: VIM, labels: torch.Tensor, uniforms: torch.Tensor, settings: AutoregressiveSampleConfig, given: int = 0
 ) -> torch.Tensor:
@@ -268,7 +279,7 @@ def test_guided_codes_equal_those_of_a_loop_that_always_computes_both(network: V
     settings = AutoregressiveSampleConfig(guidance=3.0, top_k=8, **GUIDANCE[kind])
     labels, uniforms = torch.tensor([0, 1, 2, 0]), seeded_uniforms(range(4), LENGTH)
     prefix = torch.zeros(4, given, dtype=torch.int64) if given else None
-    codes = decode(network, labels, uniforms, settings, null_label=CLASSES, prefix=prefix)
+    codes = decode(network, labels, uniforms, settings, null=unknown(4), prefix=prefix)
     assert torch.equal(codes, always_both(network, labels, uniforms, settings, given))
     unguided = dataclasses.replace(settings, guidance=1.0)
     assert not torch.equal(codes, always_both(network, labels, uniforms, unguided, given))
@@ -279,9 +290,9 @@ def test_a_stream_yields_each_code_as_it_stands(network: VIM, given: int) -> Non
     settings = AutoregressiveSampleConfig(guidance=2.0, guidance_start=0.25)
     request = (network, torch.tensor([0, 1]), seeded_uniforms([1, 2], LENGTH), settings)
     prefix = torch.full((2, given), 4) if given else None
-    whole = decode(*request, null_label=CLASSES, prefix=prefix)
+    whole = decode(*request, null=unknown(2), prefix=prefix)
     buffers = set()
-    for place, (done, codes) in enumerate(stream(*request, null_label=CLASSES, prefix=prefix), start=given + 1):
+    for place, (done, codes) in enumerate(stream(*request, null=unknown(2), prefix=prefix), start=given + 1):
         assert done == place
         assert torch.equal(codes[:, :done], whole[:, :done])
         buffers.add(codes.data_ptr())
@@ -293,7 +304,7 @@ def test_an_abandoned_stream_leaves_nothing_behind(network: VIM) -> None:
     made: list[weakref.ref] = []
 
     class Watched:
-        advance = network.advance
+        leading, advance = network.leading, network.advance
 
         def caches(self, batch_size: int) -> list:
             caches = network.caches(batch_size)
@@ -302,8 +313,8 @@ def test_an_abandoned_stream_leaves_nothing_behind(network: VIM) -> None:
 
     settings = AutoregressiveSampleConfig(guidance=2.0)
     request = (torch.tensor([0, 1]), seeded_uniforms([1, 2], LENGTH), settings)
-    before = decode(network, *request, null_label=CLASSES)
-    steps = stream(Watched(), *request, null_label=CLASSES)
+    before = decode(network, *request, null=unknown(2))
+    steps = stream(Watched(), *request, null=unknown(2))
     next(steps)
     done, codes = next(steps)
     assert torch.is_grad_enabled()  # between two codes the caller's mode holds
@@ -312,14 +323,14 @@ def test_an_abandoned_stream_leaves_nothing_behind(network: VIM) -> None:
     del steps
     assert done == 2 and torch.equal(codes, kept)
     assert torch.is_grad_enabled() and all(cache() is None for cache in made)
-    assert torch.equal(decode(network, *request, null_label=CLASSES), before)
+    assert torch.equal(decode(network, *request, null=unknown(2)), before)
 
 
 def test_two_streams_at_once_do_not_meet(network: VIM) -> None:
     settings = AutoregressiveSampleConfig(guidance=2.0, guidance_stop=0.5)
     requests = [(torch.tensor([label]), seeded_uniforms([label], LENGTH), settings) for label in (0, 1)]
-    alone = [decode(network, *request, null_label=CLASSES) for request in requests]
-    pairs = zip(*(stream(network, *request, null_label=CLASSES) for request in requests), strict=True)
+    alone = [decode(network, *request, null=unknown(1)) for request in requests]
+    pairs = zip(*(stream(network, *request, null=unknown(1)) for request in requests), strict=True)
     *_, ((_, first), (_, second)) = pairs
     assert torch.equal(first, alone[0]) and torch.equal(second, alone[1])
 
@@ -337,8 +348,9 @@ def test_compiled_steps_decode_the_same_codes_whatever_the_shapes(
     for batch_size in (3, 1):
         request = (packed(network, batch_size), torch.arange(batch_size) % CLASSES)
         uniforms = seeded_uniforms(range(batch_size), LENGTH)
-        compiled = decode(*request, uniforms, dataclasses.replace(settings, compile=True), null_label=CLASSES)
-        assert torch.equal(compiled, decode(*request, uniforms, settings, null_label=CLASSES))
+        null = unknown(batch_size)
+        compiled = decode(*request, uniforms, dataclasses.replace(settings, compile=True), null=null)
+        assert torch.equal(compiled, decode(*request, uniforms, settings, null=null))
 
 
 @pytest.mark.parametrize("kind", ["constant", "cosine interval"])

@@ -185,7 +185,7 @@ def test_output_and_gradients_are_those_of_the_formula(switches: dict[str, bool]
 def test_a_new_network_is_the_identity_and_predicts_zero(switches: dict[str, bool]) -> None:
     network = tiny(**switches)
     x, logsnr, labels = batch()
-    tokens, condition = network.embed(x, logsnr, labels)
+    tokens, condition, _ = network.embed(x, logsnr, labels)
     for mixed in network.mix(tokens, condition):
         assert torch.equal(mixed, tokens)
     assert not network(x, logsnr, labels).any()
@@ -295,7 +295,7 @@ def test_rows_of_a_batch_do_not_meet() -> None:
 
 def test_activations_lead_to_the_output() -> None:
     network = trained(tiny())
-    _, condition = network.embed(*batch())
+    _, condition, _ = network.embed(*batch())
     first, last = network.activations(*batch())
     torch.testing.assert_close(network.unpatchify(network.output(last, condition)), network(*batch()))
     assert not torch.allclose(first, last)
@@ -312,7 +312,7 @@ def test_bf16_autocast_stays_close(switches: dict[str, bool]) -> None:
 def test_under_autocast_branches_are_bf16_and_the_stream_is_fp32() -> None:
     network = opened(tiny())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        tokens, condition = network.embed(*batch())
+        tokens, condition, _ = network.embed(*batch())
         shift, scale = network.output.modulation(condition)[:, None].chunk(2, dim=-1)
         assert modulate(network.output.norm, tokens, shift, scale).dtype == torch.bfloat16
         assert tokens.dtype == network.blocks[0](tokens, condition).dtype == torch.float32

@@ -18,7 +18,7 @@ from engine.batches import StepRandom
 from engine.checkpoint import load_checkpoint, load_model, save_checkpoint
 from engine.config import DataConfig, RunConfig, TrainConfig
 from engine.device import Device
-from engine.optim import adamw
+from engine.optim import build_optimizer
 from engine.shards import open_shards
 from generator.config import (
     CurriculumConfig,
@@ -157,7 +157,7 @@ def test_a_new_uncertainty_changes_nothing(run: RunConfig) -> None:
 def test_uncertainty_becomes_the_logarithm_of_the_error() -> None:
     """The minimum of error / e^u + u; errors here vary by chance about a smooth function of the level."""
     uncertainty = Uncertainty()
-    optimizer = adamw(uncertainty, TrainConfig(learning_rate=1e-2, weight_decay=0.5))
+    optimizer = build_optimizer(uncertainty, TrainConfig(learning_rate=1e-2, weight_decay=0.5))
     assert all(group["weight_decay"] == 0 for group in optimizer.param_groups)
 
     def mean_error(logsnr: Tensor) -> Tensor:

@@ -57,8 +57,8 @@ def test_greedy_codes_are_those_of_transformers(gpt2: GPT2LMHeadModel, batch_siz
     network = packed(network, batch_size) if packs else network
     request = (torch.zeros(batch_size, dtype=torch.int64), seeded_uniforms(range(batch_size), LENGTH), GREEDY)
 
-    from_the_start = decode(network, *request, null_label=0)
+    from_the_start = decode(network, *request, null=request[0])
     assert torch.equal(from_the_start, generated(gpt2, prompt[:, :1]))
-    continued = decode(network, *request, null_label=0, prefix=given)
+    continued = decode(network, *request, null=request[0], prefix=given)
     assert torch.equal(continued, generated(gpt2, prompt))
     assert all(len(row.unique()) > 5 for row in continued)  # no dull loop, in which any decoding would agree

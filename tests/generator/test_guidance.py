@@ -14,7 +14,7 @@ from generator.path import variance_preserving
 from generator.solvers import solve
 from generator.steps import solver_levels
 
-NULL = 5
+NULL = torch.full((3,), 5)
 LABELS = torch.tensor([0, 1, 2])
 
 
@@ -43,7 +43,7 @@ def at(level: float) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 3.0])
 def test_classifier_free_guidance_extrapolates_from_the_null_label(scale: float) -> None:
-    conditional, unconditional = labelled(*at(0), LABELS), labelled(*at(0), torch.full((3,), NULL))
+    conditional, unconditional = labelled(*at(0), LABELS), labelled(*at(0), NULL)
     combined = guided(labelled, LABELS, null=NULL, scale=scale)(*at(0))
     torch.testing.assert_close(combined, unconditional + scale * (conditional - unconditional))
 
@@ -122,7 +122,7 @@ def test_guided_gaussians_have_a_closed_form() -> None:
 
     eps = torch.linspace(-2, 2, 5).expand(2, 5)
     levels = solver_levels("logsnr", 200, first=-20.0, last=20.0)
-    combined = guided(denoise, torch.tensor([0, 1]), null=2, scale=2.0)
+    combined = guided(denoise, torch.tensor([0, 1]), null=torch.tensor([2, 2]), scale=2.0)
     end = solve(combined, lambda: eps, levels, solver="heun", dtype=torch.float64)
     mean = torch.tensor([[-1.0], [1.0]]) * (1 + math.log(1 + math.sqrt(2)) / math.sqrt(2))
     torch.testing.assert_close(end, (mean + eps / math.sqrt(2)).double(), rtol=0, atol=2e-3)

@@ -233,7 +233,7 @@ def test_an_outside_network_that_cannot_do_what_sampling_asks_is_refused(run: Ru
     unlabelled = dataclasses.replace(FULL, model=dataclasses.replace(FULL.model, label_dropout=0.0))
     copy.outside = model(run, unlabelled)
     assert draw(copy, outside="full").isfinite().all()
-    with pytest.raises(ValueError, match=r"outside='full' learned no null label for diffusion\.sample\.guidance=2"):
+    with pytest.raises(ValueError, match=r"outside='full' learned no null condition for diffusion\.sample\.guidance=2"):
         draw(copy, outside="full", guidance=2.0)
     copy.outside = model(run, dataclasses.replace(FULL, target="eps"))
     with pytest.raises(ValueError, match=r"outside='full' has a target that .*\.from_zero_snr starts: choose another"):

@@ -14,6 +14,7 @@ from torch import Tensor
 from generator.config import DiffusionSampleConfig
 from generator.path import variance_preserving
 from generator.solvers import (
+    CONSISTENCY_SOLVERS,
     ODE_SOLVERS,
     SDE_SOLVERS,
     Denoise,
@@ -87,7 +88,8 @@ def starts(rows: int = 2, width: int = 16) -> Tensor:
 
 
 def test_every_choice_has_a_row() -> None:
-    assert set(typing.get_args(typing.get_type_hints(DiffusionSampleConfig)["solver"])) == set(SOLVERS)
+    known = typing.get_args(typing.get_type_hints(DiffusionSampleConfig)["solver"])
+    assert set(known) == {*SOLVERS, *CONSISTENCY_SOLVERS}
 
 
 @pytest.mark.parametrize(("denoise", "flow"), [(gaussian, contracted), (mixture, transported)])

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from generator.config import DiffusionSampleConfig, MixedScheduleConfig, ScheduleConfig, ScheduleKind
+from generator.config import DiffusionSampleConfig, FixedScheduleKind, MixedScheduleConfig, ScheduleConfig
 from generator.path import cosine_time, flow_time, noise_to_signal
+from generator.published_steps import PUBLISHED
 from generator.schedule import build_schedule
-from generator.steps import STEPS, solver_levels
+from generator.steps import STEPS, along, solver_levels
 
 COSINE = build_schedule(ScheduleConfig())
 
@@ -27,10 +28,12 @@ def test_every_choice_has_a_row() -> None:
 @pytest.mark.parametrize("num", [1, 2, 50])
 def test_noise_decreases_from_the_first_level(kind: str, num: int) -> None:
     listed = torch.linspace(-9, 3, num).tolist() if kind == "list" else ()
-    levels = solver_levels(kind, num, first=-9.0, last=8.0, listed=listed, schedule=COSINE)
+    aligned = (-9.0, -3.0, 0.0, 4.0)
+    levels = solver_levels(kind, num, first=-9.0, last=8.0, listed=listed, aligned=aligned, schedule=COSINE)
     assert levels.shape == (num,)
     assert levels.dtype == torch.float64
-    assert float(levels[0]) == pytest.approx(-9.0)
+    first = -2 * math.log(PUBLISHED[kind][0]) if kind in PUBLISHED else -9.0
+    assert float(levels[0]) == pytest.approx(first)
     assert bool((levels.diff() > 0).all())
 
 
@@ -44,7 +47,7 @@ def test_time_steps_are_even_down_to_clean_data(kind: str, to_time: Callable[[Te
 @pytest.mark.parametrize(
     "config",
     [
-        *(ScheduleConfig(kind=kind) for kind in typing.get_args(ScheduleKind)),
+        *(ScheduleConfig(kind=kind) for kind in typing.get_args(FixedScheduleKind)),
         ScheduleConfig(kind="ddpm", zero_terminal=True),
         ScheduleConfig(kind="laplace", mixed=MixedScheduleConfig(kind="cosine", share=0.3)),
     ],
@@ -101,6 +104,40 @@ def test_karras_steps_are_those_of_edm() -> None:
     torch.testing.assert_close(root.diff(), ((root[-1] - root[0]) / 8).expand(8))
 
 
+# Table 3 of Align Your Steps, noise from high to low.
+TABLE = {
+    "sd15": [14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029],
+    "sdxl": [14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029],
+    "deepfloyd": [160.41, 8.081, 3.315, 1.885, 1.207, 0.785, 0.553, 0.293, 0.186, 0.030, 0.006],
+    "svd": [700, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002],
+}
+SDXL_IN_20 = [
+    14.615, 9.607, 6.315, 4.880, 3.771, 2.868, 2.181, 1.711, 1.342, 1.076, 0.862, 0.692, 0.555, 0.459, 0.380, 0.298,
+    0.234, 0.163, 0.113, 0.057, 0.029,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_published_steps_are_those_of_the_paper_without_the_end(kind: str) -> None:
+    noise = noise_to_signal(solver_levels(kind, 10, first=-10.0, last=10.0)).tolist()
+    assert noise == pytest.approx(TABLE[kind][:10], rel=1e-9)
+
+
+def test_more_steps_of_a_published_schedule_are_interpolated_in_the_logarithm() -> None:
+    noise = noise_to_signal(solver_levels("sdxl", 20, first=-10.0, last=10.0)).tolist()
+    assert noise == pytest.approx(SDXL_IN_20[:20], abs=6e-4)  # three digits are published
+
+
+def test_steps_along_a_schedule_are_its_own_where_they_can_be() -> None:
+    stops = [-9.0, -4.0, -1.5, 0.25, 1.0, 3.0, 4.5, 5.0, 7.0]
+    assert along(stops, 8).tolist() == stops[:-1]
+    assert along(stops, 4).tolist() == stops[:-1:2]
+    assert along(stops, 1).tolist() == [-9.0]
+    assert along([0.0, 3.0, 5.0], 3).tolist() == pytest.approx([0.0, 2.0, 3.0 + 2 / 3])
+    aligned = solver_levels("aligned", 4, first=-1.0, last=1.0, aligned=stops)  # which has ends of its own
+    assert aligned.tolist() == stops[:-1:2]
+
+
 @pytest.mark.parametrize("kind", ["cosine", "flow", "time", "list"])
 def test_steps_from_no_signal_start_at_minus_infinity(kind: str) -> None:
     settings: dict[str, Any] = {"first": -9.0, "last": 8.0, "listed": (-8.0, 0.0, 3.0, 5.0), "schedule": COSINE}
@@ -126,9 +163,11 @@ def test_bad_settings_are_refused() -> None:
         solver_levels("time", 5, **ends)
     with pytest.raises(ValueError, match=r"diffusion\.sample\.rho=0 must be positive"):
         solver_levels("karras", 5, rho=0, **ends)
-    for kind in ("logsnr", "karras"):
+    for kind in ("logsnr", "karras", "aligned", "sdxl"):
         with pytest.raises(ValueError, match=rf"from_zero_snr has no place in steps={kind}"):
-            solver_levels(kind, 5, from_zero_snr=True, **ends)
+            solver_levels(kind, 5, from_zero_snr=True, aligned=(-8.0, 8.0), **ends)
+    with pytest.raises(ValueError, match=r"steps=aligned .* there are none: run `tokenloom steps --config"):
+        solver_levels("aligned", 5, **ends)
     for listed in ((), (1.0, 0.0), (0.0, 0.0), (-math.inf, 0.0)):
         with pytest.raises(ValueError, match=r"diffusion\.sample\.levels=\[.*\] must be finite log SNRs that rise"):
             solver_levels("list", 5, listed=listed, **ends)

@@ -61,7 +61,7 @@ def make_task(run: RunConfig, config: AutoregressiveConfig = AUTOREGRESSIVE) -> 
     shards, test_shards = (open_shards(run.folder / "codes" / split) for split in ("train", "test"))
     tokenizer = load_tokenizer(run.folder)
     card = generator_card(config, shards, tokenizer)
-    return AutoregressiveTask(config=config, card=card, test_shards=test_shards, tokenizer=tokenizer)
+    return AutoregressiveTask(config=config, card=card, source=shards, test_shards=test_shards, tokenizer=tokenizer)
 
 
 def with_model(**changes: Any) -> AutoregressiveConfig:
@@ -143,7 +143,7 @@ def test_short_sequences_have_eight_stages_too(run: RunConfig, length: int) -> N
         writer.close(meta | {"tokenizer_fingerprint": "", "class_names": ["a", "b", "c"], "images": {}})
     shards = open_shards(run.folder / "few")
     card = generator_card(AUTOREGRESSIVE, shards, tokenizer)
-    task = AutoregressiveTask(config=AUTOREGRESSIVE, card=card, test_shards=shards, tokenizer=tokenizer)
+    task = AutoregressiveTask(config=AUTOREGRESSIVE, card=card, source=shards, test_shards=shards, tokenizer=tokenizer)
     assert task.preview()["partial"].shape == (64, 3, 16, 16)
     with torch.no_grad():
         assert task.validate()["nll_over_unigram"] == math.inf  # all codes are one
@@ -278,7 +278,7 @@ def test_codes_on_the_fly_are_those_of_the_cache(run: RunConfig, device: Device,
     card = generator_card(on_the_fly(), images, tokenizer)
     assert card == generator_card(on_the_fly(), shards, tokenizer) and card["num_classes"] == 10
     cached, task = (
-        AutoregressiveTask(config=config, card=card, test_shards=shards, tokenizer=tokenizer)
+        AutoregressiveTask(config=config, card=card, source=shards, test_shards=shards, tokenizer=tokenizer)
         for config in (AUTOREGRESSIVE, on_the_fly())
     )
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):

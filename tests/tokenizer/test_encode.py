@@ -1,6 +1,7 @@
 """Codes and latents on disk: complete, in order, with views, and not made twice."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -12,11 +13,15 @@ from engine.checkpoint import save_model
 from engine.config import DataConfig, RunConfig
 from engine.device import Device, setup
 from engine.flops import forward_flops
-from engine.shards import open_shards
+from engine.shards import Shards, open_shards
 from engine.sources import open_images
 from tokenizer.config import TokenizerConfig
 from tokenizer.encode import encode_flops, encode_images, view_draws
 from tokenizer.model import Tokenizer, code_fingerprint, load_tokenizer, model_card
+from tokenizer.smaller import smaller_version
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
+from pictures import config, make_folder
 
 DATA = DataConfig(source="digits", size=16, workers=0)
 
@@ -82,6 +87,62 @@ def test_what_is_there_is_left_alone_and_what_is_stale_made_anew(
     save_model(run.folder / "tokenizer", tokenizer.state_dict(), model_card(tokenizer))
     assert encoded(views=2) != other_views
     assert open_shards(run.folder / "codes" / "test").meta["tokenizer_fingerprint"] == code_fingerprint(tokenizer)
+
+
+def test_the_smaller_version_of_each_view_is_encoded_beside_it(run: RunConfig, device: Device) -> None:
+    data = dataclasses.replace(DATA, flip=True)
+    settings = TokenizerConfig(views=2, low_resolution=4)
+    folder = encode_images(run=run, data=data, tokenizer=settings, device=device)
+    tokenizer, images, shards = load_tokenizer(run.folder), open_images(data, "train"), open_shards(folder / "train")
+    rows = np.array([0, 9])
+    for view, draws in ((0, None), (1, view_draws(len(images), 1)[rows])):
+        stored = shards.load(rows, np.full((2, 4), view / 2 + 0.1))["smaller"]
+        version = smaller_version(images.load(rows, draws)["images"], 4)
+        assert torch.allclose(stored, tokenizer.to_latents(version), atol=2e-3)
+    assert not torch.allclose(stored, shards.load(rows, np.full((2, 4), 0.6))["latents"], atol=0.1)
+    assert shards.identity()["low_resolution"] == 4
+    assert open_shards(folder / "test").load(rows)["smaller"].shape == (2, 4, 4, 4)
+
+
+def test_another_factor_and_none_encode_anew(run: RunConfig, device: Device) -> None:
+    def encoded(factor: int | None) -> int:
+        settings = TokenizerConfig(low_resolution=factor)
+        folder = encode_images(run=run, data=DATA, tokenizer=settings, device=device, splits=["test"])
+        return (folder / "test" / "meta.json").stat().st_mtime_ns
+
+    stamps = [encoded(factor) for factor in (None, 2, 2, 4, None)]
+    assert stamps[1] == stamps[2] and len(set(stamps)) == 4
+    shards = open_shards(run.folder / "codes" / "test")
+    assert "low_resolution" not in shards.meta and "smaller" not in shards.load(np.array([0]))
+    with pytest.raises(ValueError, match=r"tokenizer\.low_resolution=3 must divide data\.size=16: use one of 2, 4, 8"):
+        encoded(3)
+    with pytest.raises(ValueError, match=r"tokenizer\.low_resolution=1 must be at least 2"):
+        encoded(1)
+
+
+def test_captions_go_with_the_images_that_can_be_read(run: RunConfig, tmp_path: Path, device: Device) -> None:
+    def encoded() -> Shards:
+        tokenizer = TokenizerConfig(encode_batch_size=2)
+        folder = encode_images(run=run, data=data, tokenizer=tokenizer, device=device, splits=["train"])
+        return open_shards(folder / "train")
+
+    pictures = tmp_path / "pictures"
+    make_folder(pictures, {".": [1, 2, 3, 4, 5]})
+    for level in range(1, 6):
+        (pictures / f"{level:03d}.txt").write_text(f"level {level}\ngrey {level}")
+    (pictures / "002.png").write_bytes(b"no picture")
+    data = config("folder", pictures, caption_column="txt", test_fraction=0.0, size=16)
+    with pytest.warns(UserWarning, match="unreadable"):
+        shards = encoded()
+    assert shards.captions == [f"level {level}\ngrey {level}" for level in (1, 3, 4, 5)]
+    before = shards.identity()
+    assert encoded().identity() == before
+    (pictures / "005.txt").write_text("level five")
+    with pytest.warns(UserWarning, match="unreadable"):
+        shards = encoded()
+    assert shards.captions is not None and shards.captions[-1] == "level five"
+    after = shards.identity()
+    assert after.pop("captions") != before.pop("captions") and after == before
 
 
 def test_splits_that_nobody_reads_are_left_out(run: RunConfig, device: Device) -> None:

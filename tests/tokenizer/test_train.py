@@ -14,7 +14,7 @@ from engine.batches import Batches, StepRandom
 from engine.config import DataConfig, RunConfig, TrainConfig
 from engine.device import Device, setup
 from engine.images import ImageSet, to_float, to_uint8
-from engine.optim import adamw
+from engine.optim import build_optimizer
 from tokenizer.config import (
     CnnConfig,
     DiscriminatorConfig,
@@ -49,7 +49,7 @@ def trained(root: Path, device: Device, config: TokenizerConfig = CONFIG, *, nam
 
 def test_it_overfits_a_few_images(tokenizer: Tokenizer, squares: ImageSet) -> None:
     images = next(squares.in_order(4))["images"]
-    optimizer = adamw(tokenizer, TrainConfig(learning_rate=3e-3))
+    optimizer = build_optimizer(tokenizer, TrainConfig(learning_rate=3e-3))
     for _ in range(300):
         output, _, losses, _ = tokenizer(to_float(images))
         loss = l2(output, to_float(images)) + losses["codebook"] + 0.25 * losses["commitment"]

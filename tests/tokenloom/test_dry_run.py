@@ -10,15 +10,18 @@ import torch
 from engine.config import DataConfig, TrainConfig
 from engine.device import setup
 from engine.flops import forward_flops
+from generator.condition_config import ConditionConfig
 from generator.config import (
     AutoregressiveConfig,
     AutoregressiveModelConfig,
     CurriculumConfig,
     DenoiserModelConfig,
     DiffusionConfig,
+    DiffusionSampleConfig,
     OrderConfig,
     ScheduleConfig,
 )
+from generator.consistency_config import ObjectiveConfig
 from tokenizer.config import QuantizerConfig, TokenizerConfig, TokenizerLossConfig, TokenizerModelConfig
 from tokenizer.encode import encode_flops
 from tokenizer.model import Tokenizer, count_parameters
@@ -160,6 +163,47 @@ def published(**family: Any) -> Stage:
     experiment = Experiment(data=DataConfig(size=256), tokenizer=tokenizer, **family)
     with torch.device("meta"):
         return list(build_stages(experiment, 1000))[1]
+
+
+def told_of(experiment: Experiment, family: str, kind: Any) -> tuple[Stage, Stage, str]:
+    """The stage of a family told a class, that of one told something else, and what the dry run says of the latter."""
+    section = dataclasses.replace(getattr(experiment, family), condition=ConditionConfig(kind=kind))
+    told = dataclasses.replace(experiment, **{family: section})
+    with torch.device("meta"):
+        usual, stage = ({each.name: each for each in build_stages(run, 10)}[family] for run in (experiment, told))
+    return usual, stage, dry_run(told)
+
+
+@pytest.mark.parametrize(("place", "family"), [(1, "autoregressive"), (2, "diffusion")])
+def test_a_text_and_its_encoder_are_counted(digits: Experiment, place: int, family: str) -> None:
+    usual, stage, text = told_of(digits, family, "text")
+    encoder, (*_, ids) = stage.network.text, stage.inputs
+    assert ids.shape == (1, encoder.length)
+    forward = forward_flops(stage.network, *stage.inputs)
+    assert forward > forward_flops(usual.network, *usual.inputs) + forward_flops(encoder, ids)
+    assert cells(text, "forward per image")[place] == quantity(forward, "FLOP")
+    labels = 11 * encoder.padding.numel()
+    grown = count_parameters(stage.network) - count_parameters(usual.network)
+    own = [value.numel() for name, value in stage.network.named_parameters() if "cross" in name or "summary" in name]
+    assert grown == count_parameters(encoder) - labels + sum(own)
+    assert bool(own) == (family == "diffusion") and "frozen text encoder" not in text
+
+
+def test_an_image_doubles_the_channels_of_the_patches(digits: Experiment) -> None:
+    usual, stage, text = told_of(digits, "diffusion", "image")
+    patches = usual.network.patches
+    assert stage.inputs[2].shape == stage.inputs[0].shape == (1, *stage.network.latent_shape)
+    labels = usual.network.labels.weight.numel()
+    assert count_parameters(stage.network) - count_parameters(usual.network) == patches.weight.numel() - labels
+    assert cells(text, "forward per image")[2] == quantity(forward_flops(stage.network, *stage.inputs), "FLOP")
+
+
+def test_a_consistency_model_takes_one_more_forward_pass(digits: Experiment) -> None:
+    sample = DiffusionSampleConfig(solver="consistency", num_steps=1, steps="karras")
+    told = with_diffusion(digits, objective=ObjectiveConfig(kind="consistency"), sample=sample)
+    with torch.device("meta"):
+        factors = [{each.name: each for each in build_stages(run, 10)}["diffusion"].factor for run in (digits, told)]
+    assert factors == [3, 4]
 
 
 def with_tokenizer(experiment: Experiment, **changes: Any) -> Experiment:
