@@ -22,6 +22,7 @@ from eval.protocol import Record, protocol, record
 from eval.standard import Standard
 from eval.statistics import mean_of
 from eval.variants import Sampling
+from generator.inputs import inputs_of_images
 from generator.sample import sample
 from tokenizer.model import Tokenizer
 
@@ -116,20 +117,24 @@ def sampling_facts(told: dict[str, Any], labels: Tensor, weights: str) -> dict[s
 def score_likelihood(
     generator: Any, tokenizer: Tokenizer, test_set: ImageSet, *, batch_size: int, device: Device, weights: str
 ) -> Record:
-    """nll: negative log likelihood of the test images' codes given their labels, in nats per code.
+    """nll: negative log likelihood of the test images' codes given their labels or texts, in nats per code.
 
     Every process must call it; each takes a share of the images.
     """
     values, (start, stop) = [], device.share_of(len(test_set))
+    inputs = inputs_of_images(generator, test_set)
     with exact_products():
         for batch in test_set.in_order(batch_size, start=start, stop=stop):
-            labels = batch["labels"] if generator.num_classes else torch.full_like(batch["labels"], -1)
             codes = tokenizer.encode(batch["images"].to(device.device))  # [B, T]
-            values.append(generator.nll(codes, labels.to(device.device)).cpu() / codes.shape[1])
+            told = inputs.condition(batch["indices"].tolist())
+            values.append(generator.nll(codes, told).cpu() / codes.shape[1])
     values = device.collect(values)
     estimate = mean_of(torch.cat(values))
+    kind = {} if inputs.prompts is None else {"condition": "text"}
     stated = protocol(
-        settings={"unit": "nats per code", "tokenizer": tokenizer.fingerprint, "labels": bool(generator.num_classes)},
+        settings={
+            "unit": "nats per code", "tokenizer": tokenizer.fingerprint, "labels": bool(generator.num_classes), **kind,
+        },  # fmt: skip
         reference=test_set.identity().get("digest"),
         num_real=sum(len(part) for part in values),
         **data_facts(test_set),

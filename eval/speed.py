@@ -34,6 +34,7 @@ from generator.config import AutoregressiveConfig, AutoregressiveSampleConfig, D
 from generator.decoding import decode, guidance_at
 from generator.denoiser import DiT
 from generator.diffusion import Diffusion, build_denoiser
+from generator.learned_schedule import rate_flops
 from generator.train import build_task, reads_codes
 from tokenizer.adversary import passes_per_step
 from tokenizer.config import TokenizerConfig
@@ -183,7 +184,8 @@ def measure_diffusion_step(bench: Bench, config: DiffusionConfig, shards: Shards
     card = generator_card(config, shards, tokenizer)
     with torch.device("meta"):
         network = build_denoiser(config.model, card)
-    forward = denoiser_flops(network, condition_of(card).null(1))
+    null = condition_of(card).null(1)
+    forward = denoiser_flops(network, null) + rate_flops(network.learned_schedule, null)
     forward += round(forward / TRAINING_FACTOR) if config.objective.kind == "consistency" else 0
     bench.step(
         "diffusion step", config, shards, forward=forward, tokens=math.prod(network.grid),
@@ -199,7 +201,8 @@ def measure_solving(bench: Bench, config: DiffusionConfig, card: dict[str, Any])
     name, device = "diffusion sampling", bench.device.device
     bench.begin(name, torch.float32)
     generator = Diffusion(build_denoiser(config.model, card), card).to(device).eval().requires_grad_(False)
-    flops = denoiser_flops(generator.network, generator.condition.null(1))
+    null = generator.condition.null(1)
+    flops, once = denoiser_flops(generator.network, null), rate_flops(generator.learned_schedule, null)
     batch = min(config.sample.batch_size, max(1, int(bench.affordable(2 * flops, 1 / 32))))
     told = spread_labels(batch, generator.num_classes) if generator.condition.kind == "class" else None
     sample = config.sample.previewed  # no levels are optimised for random weights
@@ -218,7 +221,7 @@ def measure_solving(bench: Bench, config: DiffusionConfig, card: dict[str, Any])
     times = time_calls(lambda: draw(steps), device=bench.device, seconds=bench.seconds / 2)
     done = f"{steps} steps of {total} with {sample.solver}"
     bench.end(
-        name, times, images=batch * steps / total, batch_size=batch, flops=flops * sum(evaluated),
+        name, times, images=batch * steps / total, batch_size=batch, flops=flops * sum(evaluated) + once * batch,
         note=", ".join(filter(None, [cut(batch, sample.batch_size), done, alone])),
     )  # fmt: skip
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from engine.config import TrainConfig, changed
 from engine.snapshots import snapshots
 from eval.config import EvalConfig
+from generator.aligned_steps import check_coming
 from generator.condition import check_guidance
 from generator.config import AutoregressiveConfig, DiffusionConfig
 from generator.sample import open_generator
@@ -90,7 +91,8 @@ def check_samplings(config: EvalConfig, families: Mapping[str, GeneratorConfig],
 
 
 def _check_weights(config: DiffusionConfig, stage: Path) -> None:
-    """Raise ValueError if this stage will have no such snapshot or average, or there is no such other network."""
+    """Raise ValueError if this stage will lack such a snapshot, average or steps, or there is no such other network."""
+    check_coming(config, stage)
     sample, train, guide = config.sample, config.train, config.sample.guide
     step = re.fullmatch(r"step-(\d+)", guide or "")
     for key, wanted in (("snapshot", sample.snapshot), ("guide", int(step[1]) if step else None)):

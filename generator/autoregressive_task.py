@@ -19,7 +19,7 @@ from engine.optim import build_optimizer
 from engine.shards import Shards
 from engine.task import Task
 from generator.autoregressive import Autoregressive, build_network
-from generator.condition import spread_labels
+from generator.condition import preview_rows
 from generator.config import AutoregressiveConfig
 from generator.order import draw_orders, random_share
 from generator.partial import paint_partial
@@ -95,19 +95,13 @@ class AutoregressiveTask(Task):
         tokenizer, length = self.tokenizer.to(self._device), self.network.length
         stages = [-(-length * stage // STRIP) for stage in range(1, STRIP + 1)]
         partial: dict[int, Tensor] = {}
+        told = preview_rows(self.condition, self.read_test, self.test_shards, PREVIEW_IMAGES)
         with gathered(self.network, "advance"):
-            for done, codes in self.generator.stream(self._preview_rows(), range(PREVIEW_IMAGES), **settings):
+            for done, codes in self.generator.stream(told, range(PREVIEW_IMAGES), **settings):
                 if done in stages:
                     partial[done] = paint_partial(tokenizer, codes[:STRIP], done)  # [8, 3, H, W]
         strip = torch.stack([partial[done] for done in stages], dim=1)  # [8, 8, 3, H, W]
         return {"samples": tokenizer.decode(codes).cpu(), "partial": strip.flatten(0, 1).cpu()}
-
-    def _preview_rows(self) -> Tensor:
-        """The condition of the preview: labels sorted by class, or what is told about evenly spread held-out images."""
-        if self.condition.kind == "class":
-            return spread_labels(PREVIEW_IMAGES, self.network.num_classes)
-        rows = np.arange(PREVIEW_IMAGES) * len(self.test_shards) // PREVIEW_IMAGES
-        return self.read_test(self.test_shards.load(rows), None)
 
     def _codes(self, batch: dict[str, Tensor]) -> Tensor:
         """Codes [B, T] of a batch, whatever the autocast; on a CPU images get those that `encode_images` gives them.

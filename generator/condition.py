@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -222,6 +223,13 @@ def spread_labels(num: int, num_classes: int) -> Tensor:
     if num_classes == 0:
         return torch.full((num,), -1)
     return torch.arange(num) * num_classes // num
+
+
+def preview_rows(condition: Condition, read: Reader, shards: Shards, num: int) -> Tensor:
+    """Rows of a condition for `num` previews: labels sorted by class, or what is told about evenly spread images."""
+    if isinstance(condition, ClassCondition):
+        return spread_labels(num, condition.num_classes)
+    return read(shards.load(np.arange(num) * len(shards) // num), None)
 
 
 def check_guidance(family: str, guidance: float, *, guidable: bool, label_dropout: float) -> None:

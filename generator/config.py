@@ -491,7 +491,8 @@ class DiffusionConfig:
     weight_gamma: float | None = None
     """Gamma of min_snr and soft_min_snr, 5 if absent, or of p2, 1 if absent."""
     sigma_data: float = 1.0
-    """Standard deviation of the latents in EDM's preconditioning and weight; tokenizers normalise it to 1."""
+    """Standard deviation of the latents in the preconditioning of EDM and of consistency models, and in EDM's weight;
+    tokenizers normalise it to 1."""
     align: AlignConfig | None = None
     """Optimise where a solver stops as soon as the network is trained, for sample.steps=aligned; absent: only when
     `tokenloom steps` is called."""
@@ -507,7 +508,7 @@ class DiffusionConfig:
         if self.sigma_data != 1 and not (edm or self.objective.kind == "consistency"):
             raise ValueError(
                 f"diffusion.sigma_data={self.sigma_data} has no effect with path={self.path}, target={self.target},"
-                f" weight={self.weight}: it is of path=ve, target=F and weight=edm"
+                f" weight={self.weight}: it is of path=ve, target=F, weight=edm and objective.kind=consistency"
             )
         check_objective(self)
         if self.weight_gamma is not None and self.weight not in ("min_snr", "soft_min_snr", "p2"):

@@ -10,6 +10,8 @@ from generator.checks import check_at_least, check_choices, check_finite
 
 # Numbers of noises of each discretisation, s0 and s1, as published; constant has only the first.
 PUBLISHED = {"constant": (20, 20), "doubling": (10, 1280), "sinusoidal": (20, 250)}
+LEAST_SIGMA, LARGEST_SIGMA = 1e-4, 1e4  # of the noises over signal that networks tell apart
+LEAST_SHARE = 1e-6  # of a log-normal that must lie between sigma_min and sigma_max, for the shares to have digits
 # Keys of the section `diffusion` that say how a denoiser is trained, and mean nothing to a consistency model.
 OF_DENOISING = ("path", "target", "weight", "schedule", "curriculum", "align")
 # Steps of sampling that a consistency model can take: they know no training schedule, and start where they are told.
@@ -60,13 +62,20 @@ class ObjectiveConfig:
         check_at_least("diffusion.objective.least", least, 2)
         if least > most:
             raise ValueError(f"diffusion.objective.least={least} must be at most diffusion.objective.most={most}")
-        if not 0 < self.sigma_min < self.sigma_max:
+        if not LEAST_SIGMA <= self.sigma_min < self.sigma_max <= LARGEST_SIGMA:
             raise ValueError(
-                f"diffusion.objective.sigma_min={self.sigma_min} must lie between 0 and sigma_max={self.sigma_max}"
+                f"diffusion.objective.sigma_min={self.sigma_min} and sigma_max={self.sigma_max} must rise between"
+                f" {LEAST_SIGMA:g} and {LARGEST_SIGMA:g}, beyond which networks tell no noises apart"
             )
         for name in ("rho", "deviation", "curve", "huber_scale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"diffusion.objective.{name}={getattr(self, name)} must be positive")
+        if self.discretisation == "sinusoidal" and self.rho <= 1:
+            raise ValueError(
+                f"diffusion.objective.rho={self.rho} must be above 1 with discretisation=sinusoidal, whose number of"
+                " noises moves by the power (rho - 1) / 4 of the progress"
+            )
+        self._check_shares()
 
     def _check_effect(self) -> None:
         """Raise ValueError if a key is set that the other choices leave without effect."""
@@ -82,6 +91,16 @@ class ObjectiveConfig:
             raise ValueError(
                 f"diffusion.objective.{name}={getattr(self, name)} has no effect here: it needs"
                 f" diffusion.objective.{reader[name]}"
+            )
+
+    def _check_shares(self) -> None:
+        """Raise ValueError if the normal ln sigma of noises=lognormal hardly ever falls between both ends."""
+        ends = (math.log(sigma) - self.mean for sigma in (self.sigma_min, self.sigma_max))
+        low, high = (math.erf(end / (math.sqrt(2) * self.deviation)) for end in ends)
+        if self.noises == "lognormal" and not (high - low) / 2 > LEAST_SHARE:
+            raise ValueError(
+                f"diffusion.objective.mean={self.mean} with deviation={self.deviation} draws no noises between"
+                f" sigma_min={self.sigma_min} and sigma_max={self.sigma_max}: mean is one of ln sigma"
             )
 
     @property
@@ -151,6 +170,16 @@ def check_sampling(objective: ObjectiveConfig, sample: Any) -> None:
                 f"diffusion.sample.{name}={level} must lie in [{low:.6g}, {high:.6g}], the log SNRs of sigma_max and"
                 " sigma_min of diffusion.objective; without first_logsnr sampling starts at sigma_max"
             )
+
+
+def check_last(objective: ObjectiveConfig, sample: Any, last: float) -> None:
+    """Raise ValueError if the last log SNR that a solver asks is one where a consistency model returns its input."""
+    if objective.kind == "consistency" and last > objective.levels[1] + 1e-9:
+        raise ValueError(
+            f"diffusion.sample.steps={sample.steps} with num_steps={sample.num_steps} goes up to log SNR {last:.6g},"
+            f" but beyond {objective.levels[1]:.6g}, that of sigma_min={objective.sigma_min}, a consistency model returns"
+            " what it is given: lower num_steps or last_logsnr"
+        )
 
 
 def first_level(objective: ObjectiveConfig, sample: Any) -> float:

@@ -26,7 +26,7 @@ from generator.config import (
     read_settings,
 )
 from generator.consistency import build_objective, objective_config
-from generator.consistency_config import check_sampling, first_level
+from generator.consistency_config import check_last, check_sampling, first_level
 from generator.curriculum import Curriculum, final_schedule
 from generator.denoiser import DiT
 from generator.guidance import ConditionalDenoise, guided
@@ -188,11 +188,12 @@ class Diffusion(nn.Module):
 
     def check_settings(self, settings: DiffusionSampleConfig) -> None:
         """Raise ValueError if this network was not trained for what the settings ask of it, or they leave no steps."""
-        check_sampling(objective_config(self.card["config"]), settings)
+        objective = objective_config(self.card["config"])
+        check_sampling(objective, settings)
         if self.level_maps:
             check_map_sampling(self.level_maps.config.per, settings)
         else:
-            self.levels(settings)
+            check_last(objective, settings, float(self.levels(settings)[-1]))
         if settings.guide is None:
             check_guidance(
                 self.family, settings.guidance, guidable=self.condition.guidable, label_dropout=self.label_dropout
@@ -341,7 +342,8 @@ def build_denoiser(model: DenoiserModelConfig, card: dict[str, Any]) -> DiT:
         text=build_text_encoder(condition.text, width) if condition.kind == "text" else None,
     )
     if schedule.kind == "learned":
-        network.learned_schedule = LearnedSchedule(schedule.learned, card["latent_shape"])
+        told_image = condition.kind == "image"
+        network.learned_schedule = LearnedSchedule(schedule.learned, card["latent_shape"], told_image=told_image)
     return network
 
 

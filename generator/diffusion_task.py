@@ -22,7 +22,7 @@ from engine.optim import build_optimizer
 from engine.shards import Shards
 from engine.task import Task
 from generator.card import generator_card
-from generator.condition import spread_labels
+from generator.condition import preview_rows
 from generator.config import DiffusionConfig
 from generator.curriculum import Curriculum
 from generator.diffusion import Diffusion, build_denoiser
@@ -164,14 +164,9 @@ class DiffusionTask(Task):
         sample = self.config.sample.previewed
         guidance = sample.guidance if sample.guide is None else 1.0
         settings = dataclasses.replace(sample, guide=None, outside=None, guidance=guidance)
-        latents = self.generator.sample(self._preview_rows(), range(PREVIEW_IMAGES), **dataclasses.asdict(settings))
+        told = preview_rows(self.condition, self.read_test, self.test_shards, PREVIEW_IMAGES)
+        latents = self.generator.sample(told, range(PREVIEW_IMAGES), **dataclasses.asdict(settings))
         return {"samples": self.tokenizer.to(latents.device).from_latents(latents).cpu()}
-
-    def _preview_rows(self) -> Tensor:
-        """Rows of the condition for the previews: labels sorted by class, or those of the first held-out images."""
-        if self.condition.kind == "class":
-            return spread_labels(PREVIEW_IMAGES, self.generator.num_classes)
-        return self.read_test(self.test_shards.load(np.arange(PREVIEW_IMAGES) % len(self.test_shards)), None)
 
     def _test_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """The arguments x0, condition, logsnr, eps of `errors` over evenly spread held-out latents."""

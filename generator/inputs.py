@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from engine.config import RunConfig
+from engine.images import ImageSet
 from engine.shards import Shards
 from generator.autoregressive import Autoregressive
-from generator.captions import prompts_of
+from generator.captions import lines_of, prompts_of
 from generator.condition import TextCondition, null_unknown
 from generator.diffusion import Diffusion
 from generator.smaller import smaller_latents
@@ -101,6 +102,28 @@ def choose_inputs(
         assert test.factor, "checked"
         return _of_test_split(test.shards, num)
     return Inputs(labels=classes_in_turn(generator, num, label))
+
+
+def inputs_of_images(generator: Generator, images: ImageSet) -> Inputs:
+    """What the likelihood of each image of a split is given by: its class, or a text of it that training never saw.
+
+    Such a text is its class in one of the held-out templates, or the first line of its own caption.
+
+    Raises:
+        ValueError: the generator learned from captions, and the images have none.
+    """
+    labels = images.labels.tolist() if generator.num_classes else [-1] * len(images)
+    if not isinstance(generator.condition, TextCondition):
+        return Inputs(labels=labels)
+    config = generator.condition.config
+    if config.captions == "templates":
+        return Inputs(labels=labels, prompts=prompts_of(config, generator.class_names, labels))
+    if images.captions is None:
+        raise ValueError(
+            f"{generator.family} learned from captions, but the {images.split} images have none: set"
+            " data.caption_column as in its training"
+        )
+    return Inputs(labels=labels, prompts=[lines_of(caption)[0] for caption in images.captions])
 
 
 class _TestSplit:

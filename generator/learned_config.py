@@ -14,12 +14,12 @@ CURRICULA = ("uniform", "easy_to_hard", "anti")  # which need nothing of a sched
 @dataclass(frozen=True, kw_only=True)
 class LearnedScheduleConfig:
     per: Literal["pixel", "channel", "scalar"] = "scalar"
-    """What has a schedule of its own: every pixel, computed from the condition; every channel; or nothing, one for
-    all."""
+    """What has a schedule of its own: every pixel of every channel, computed from the image that the generator is told;
+    every channel, computed from it too if there is one; or nothing, one for all."""
     hidden: int = 64
     """Sigmoids in each of the two monotone functions of time; 1,024 in the paper's code."""
     channels: int = 32
-    """Channels of the convolutions that compute the rates of per=pixel from the condition."""
+    """Channels of the convolutions that compute the rates of pixels or channels from an image."""
     learning_rate_factor: float = 10.0
     """Learning rate of the functions of time, over that of the network: a few numbers with a longer way to go."""
     margin: float = 0.005
@@ -43,8 +43,8 @@ class LearnedScheduleConfig:
             raise ValueError(f"{key}.learning_rate_factor={self.learning_rate_factor} must be positive")
         if not 0 < self.margin < 0.5:
             raise ValueError(f"{key}.margin={self.margin} must lie between 0 and 0.5")
-        if self.channels != 32 and self.per != "pixel":
-            raise ValueError(f"{key}.channels={self.channels} has no effect with per={self.per}: it is of per=pixel")
+        if self.channels != 32 and self.per == "scalar":
+            raise ValueError(f"{key}.channels={self.channels} has no effect with per=scalar, which reads no image")
 
 
 def check_learned(config: Any) -> None:
@@ -64,6 +64,11 @@ def check_learned(config: Any) -> None:
         raise ValueError(
             "diffusion.schedule.learned.per=pixel computes the schedule of every pixel from an image, but"
             f" condition.kind={config.condition.kind}: set diffusion.condition.kind=image, or per=channel"
+        )
+    if learned.channels != 32 and config.condition.kind != "image":
+        raise ValueError(
+            f"diffusion.schedule.learned.channels={learned.channels} has no effect with condition.kind="
+            f"{config.condition.kind}: it is of schedules that read an image"
         )
     if learned.per != "scalar":
         check_map_sampling(learned.per, config.sample)

@@ -5,7 +5,8 @@ With time t from 0, data, to 1, noise, the share of the signal's variance is
     gamma(t) = exp(-Lambda rho(t)),    rho(0) = 0, rho growing,    log SNR = ln(gamma / (1 - gamma)),
 
 and noise comes in at the rate beta(t) = Lambda tau(t), so that gamma' = -beta gamma must hold: rho and tau are two
-functions, which `penalties` bring together. Lambda may differ by channel, or by pixel and then depends on an image.
+functions, which `penalties` bring together. Lambda may differ by channel or by pixel, and then depends on an image if
+the generator is told one.
 Everything is float32, under autocast too, with derivatives in closed form.
 """
 
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.flops import forward_flops
 from generator.learned_config import LearnedScheduleConfig
 from generator.path import beside
 from generator.schedule import NUM_STEPS, Schedule, tabulated, trainable
@@ -83,11 +85,15 @@ class MonotoneTime(nn.Module):
         return time * inner, inner + time * first, 2 * first + time * second
 
 
-class PixelRates(nn.Module):
-    """Lambda of every pixel, positive, from the latents of an image: [B, C, h, w] -> [B, C, h, w], all 1 at first."""
+class ImageRates(nn.Module):
+    """Lambda of every pixel, positive, from the latents of an image: [B, C, h, w] -> [B, C, h, w], all 1 at first.
 
-    def __init__(self, channels: int, hidden: int) -> None:
+    With `pooled` that of every channel, [B, C, 1, 1], from the mean over its pixels.
+    """
+
+    def __init__(self, channels: int, hidden: int, *, pooled: bool) -> None:
         super().__init__()
+        self.pooled = pooled
         self.first = nn.Conv2d(channels, hidden, 3, padding=1)
         self.second = nn.Conv2d(hidden, hidden, 3, padding=1)
         self.third = nn.Conv2d(hidden, hidden, 3, padding=1)
@@ -100,26 +106,32 @@ class PixelRates(nn.Module):
         seen = F.silu(self.first(image))
         seen = seen + F.silu(self.second(seen))
         seen = seen + F.silu(self.third(seen))
-        return F.softplus(self.last(seen))
+        found = self.last(seen)
+        return F.softplus(found.mean((2, 3), keepdim=True) if self.pooled else found)
 
 
 class LearnedSchedule(nn.Module):
-    """The schedule of latents [C, h, w]. Times are [B]; rates are what `rates` makes of the condition, once a batch."""
+    """The schedule of latents [C, h, w]. Times are [B]; rates are what `rates` makes of the condition, once a batch.
 
-    def __init__(self, config: LearnedScheduleConfig, latent_shape: Sequence[int]) -> None:
+    `told_image` says that the condition is an image, which per=pixel needs and per=channel then reads.
+    """
+
+    def __init__(self, config: LearnedScheduleConfig, latent_shape: Sequence[int], *, told_image: bool) -> None:
         super().__init__()
         self.config, self.latent_shape = config, tuple(latent_shape)
         channels = latent_shape[0]
         self.elapsed, self.speed = MonotoneTime(config.hidden), MonotoneTime(config.hidden)  # rho, tau
-        if config.per == "pixel":
-            self.pixels = PixelRates(channels, config.channels)
+        self.of_image: ImageRates | None = None
+        if told_image and self.is_map:
+            self.of_image = ImageRates(channels, config.channels, pooled=config.per == "channel")
         else:
+            assert config.per != "pixel", "rates of pixels need an image"
             size = (1,) if config.per == "scalar" else (1, channels, 1, 1)
             self.scale = nn.Parameter(torch.full(size, _before_softplus(1.0)))
 
     def of_time(self) -> list[nn.Parameter]:
-        """The parameters of all but the rates of pixels."""
-        return [parameter for name, parameter in self.named_parameters() if not name.startswith("pixels.")]
+        """The parameters of all but the rates of an image."""
+        return [parameter for name, parameter in self.named_parameters() if not name.startswith("of_image.")]
 
     @property
     def is_map(self) -> bool:
@@ -127,11 +139,11 @@ class LearnedSchedule(nn.Module):
         return self.config.per != "scalar"
 
     def rates(self, condition: Tensor) -> Tensor:
-        """Lambda, positive: [1], [1, C, 1, 1], or [B, C, h, w] of a condition [B, C, h, w]."""
-        if self.config.per != "pixel":
+        """Lambda, positive: [1] or [1, C, 1, 1]; of images [B, C, h, w] [B, C, 1, 1] or [B, C, h, w]."""
+        if self.of_image is None:
             return F.softplus(self.scale)
         with torch.autocast(condition.device.type, enabled=False):
-            return self.pixels(condition.to(self.pixels.last.weight.dtype))
+            return self.of_image(condition.to(self.of_image.last.weight.dtype))
 
     def forward(self, time: Tensor, condition: Tensor) -> Tensor:
         """Log SNR of times [B] under a condition, as `logsnr`."""
@@ -184,6 +196,11 @@ class LearnedSchedule(nn.Module):
         exact = copy.deepcopy(self).to("cpu", torch.float64)
         exponent = exact.exponent(times, exact.rates(times))
         return Schedule(family=tabulated(_logsnr(exponent)), location=0.0, scale=1.0)
+
+
+def rate_flops(schedule: LearnedSchedule | None, condition: Tensor) -> int:
+    """Operations that the rates of conditions [B, ...] take beside the network, whose own count leaves them out."""
+    return 0 if schedule is None or schedule.of_image is None else forward_flops(schedule.of_image, condition)
 
 
 def by_row(values: Tensor, count: int) -> Tensor:

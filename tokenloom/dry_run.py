@@ -24,6 +24,7 @@ from generator.condition import condition_of
 from generator.config import AutoregressiveConfig, DiffusionConfig
 from generator.curriculum import Curriculum
 from generator.diffusion import build_denoiser
+from generator.learned_schedule import LearnedSchedule, rate_flops
 from generator.schedule import build_schedule
 from generator.train import reads_codes
 from tokenizer.adversary import passes_per_step
@@ -170,10 +171,13 @@ def generator_stage(
     with torch.device("cpu"):  # where its numbers are computed; refuses clusters without draws before any training
         Curriculum(family.curriculum, build_schedule(family.schedule), steps=family.train.steps)
     dit, latents = build_denoiser(family.model, card), torch.empty(1, *card["latent_shape"])
+    inputs = latents, torch.empty(1), null_row(card)
+    factor = float(TRAINING_FACTOR + (family.objective.kind == "consistency"))  # whose teacher is the network itself
+    if rates := rate_flops(dit.learned_schedule, inputs[2]):
+        factor += TRAINING_FACTOR * rates / forward_flops(dit, *inputs)
     return Stage(
-        name=name, network=dit, inputs=(latents, torch.empty(1), null_row(card)), loss=denoising,
-        tokens=math.prod(card["grid"]) // family.model.patch_size**2, train=family.train,
-        factor=TRAINING_FACTOR + (family.objective.kind == "consistency"),  # whose teacher is the network itself
+        name=name, network=dit, inputs=inputs, loss=denoising,
+        tokens=math.prod(card["grid"]) // family.model.patch_size**2, train=family.train, factor=factor,
     )  # fmt: skip
 
 
@@ -220,9 +224,11 @@ def next_code(network: nn.Module, codes: Tensor, condition: Tensor) -> Tensor:
     return F.cross_entropy(network(codes, condition).flatten(0, 1).float(), codes.flatten())
 
 
-def denoising(network: nn.Module, latents: Tensor, logsnr: Tensor, condition: Tensor) -> Tensor:
-    """The diffusion loss, but for its weights."""
-    return (network(latents, logsnr, condition).float() - latents).square().mean()
+def denoising(network: nn.Module, latents: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+    """The diffusion loss, but for weights and penalties; times [B] stand for log SNRs where those are not learned."""
+    learned = network.learned_schedule
+    levels = learned(time, condition) if isinstance(learned, LearnedSchedule) else time
+    return (network(latents, levels, condition).float() - latents).square().mean()
 
 
 def stage_facts(stage: Stage, run: RunConfig, world: int, place: str, precision: str) -> dict[str, str]:

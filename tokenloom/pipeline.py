@@ -27,7 +27,7 @@ from eval.variants import check_samplings, drawn_from, names_weights, samplings
 from generator import sample as sampling
 from generator import train as generating
 from generator.align import align_steps
-from generator.aligned_steps import check_coming, read_aligned
+from generator.aligned_steps import read_aligned
 from generator.config import AutoregressiveConfig, DiffusionConfig
 from tokenizer import encode as encoding
 from tokenizer import train as tokenizing
@@ -81,8 +81,6 @@ def check(experiment: Experiment, device: Device) -> None:
     check_samplings(experiment.eval, families, classes=classes, run=experiment.run.folder)
     for _, family, config in samplings(experiment.eval, families):
         check_sampling_precision(family, config.sample.precision, device.device)
-        if isinstance(config, DiffusionConfig):
-            check_coming(config, experiment.run.folder / family)
     judge.check(data=experiment.data, eval=experiment.eval, device=device)
 
 

@@ -41,8 +41,10 @@ from generator.config import (
     DenoiserModelConfig,
     DiffusionConfig,
     DiffusionSampleConfig,
+    ScheduleConfig,
 )
 from generator.consistency_config import ObjectiveConfig
+from generator.learned_config import LearnedScheduleConfig
 from generator.text import ByteEncoder
 from tokenizer.adversary import passes_per_step
 from tokenizer.config import (
@@ -143,6 +145,26 @@ def test_other_conditions_than_classes_are_measured(run: RunConfig, device: Devi
     assert told.keys() >= {*STEPS[2 if fly is None else 1 :], *SAMPLING[1 if fly is None else 0 :]}
     steps = told["diffusion sampling"]["flops_per_image"] / (told["diffusion step"]["flops_per_image"] / 3)
     assert steps == pytest.approx(3 * 2)
+
+
+def test_rates_of_pixels_are_computed_once_a_sample_and_once_a_training_step(run: RunConfig, device: Device) -> None:
+    usual = replace(
+        DIFFUSION, condition=ConditionConfig(kind="image"),
+        sample=DiffusionSampleConfig(batch_size=2, num_steps=2, solver="ddpm", steps="time"),
+    )  # fmt: skip
+    found = {}
+    for channels in (8, 16):
+        learned = LearnedScheduleConfig(per="pixel", channels=channels)
+        rows = speed(
+            run=run, data=DataConfig(size=16), tokenizer=replace(TOKENIZER, low_resolution=2), autoregressive=None,
+            diffusion=replace(usual, schedule=ScheduleConfig(kind="learned", learned=learned)), device=device,
+            seconds=0.02,
+        )  # fmt: skip
+        found[channels] = {row["name"]: row["flops_per_image"] for row in rows}
+    # Latents are 4 x 4 x 4: 3 x 3 convolutions of 4, K, K, K and 4 channels.
+    small, large = (2 * 9 * 16 * (2 * 4 * each + 2 * each**2) for each in (8, 16))
+    for name, factor in (("diffusion step", 3), ("diffusion sampling", 1)):
+        assert found[16][name] - found[8][name] == pytest.approx(factor * (large - small), abs=1)
 
 
 def test_one_more_code_attends_to_a_text_too() -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from engine.batches import StepRandom
 from engine.checkpoint import load_model
 from engine.config import DataConfig, RunConfig, TrainConfig, to_dict
-from engine.device import Device
+from engine.device import Device, setup
 from engine.shards import open_shards
 from generator.config import (
     CurriculumConfig,
@@ -48,6 +49,9 @@ from tokenizer.config import TokenizerConfig, TokenizerModelConfig
 from tokenizer.encode import encode_images
 from tokenizer.model import load_tokenizer
 from tokenizer.train import train_tokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import forked
 
 TRAIN = TrainConfig(
     steps=4, batch_size=8, learning_rate=1e-2, decay="constant", ema=0.9, log_every=2, preview_every=4,
@@ -440,6 +444,24 @@ def test_a_training_samples_in_one_step_and_in_two(run: RunConfig, device: Devic
     assert generator.features(torch.zeros(2, 4, 4, 4), ["block1"])["block1"].shape == (2, 32)
 
 
+@pytest.mark.parametrize(
+    ("sample", "told"),
+    [
+        ({"steps": "karras"}, r"steps=karras with num_steps=2 goes up to log SNR 10, but beyond 4\.60517"),
+        ({"steps": "logsnr", "last_logsnr": 4.7}, r"log SNR 4\.7, .* sigma_min=0\.1"),
+        ({"num_steps": 20}, r"steps=cosine with num_steps=20 goes up to log SNR 5\.1.*lower num_steps or last_logsnr"),
+    ],
+)
+def test_steps_where_the_model_returns_its_input_are_refused(
+    run: RunConfig, sample: dict[str, Any], told: str
+) -> None:
+    objective = dataclasses.replace(SMALL, sigma_min=0.1)
+    make_task(run, objective=objective)
+    make_task(run, objective=objective, sample=dataclasses.replace(SAMPLE, steps="karras", last_logsnr=4.6))
+    with pytest.raises(ValueError, match=told):
+        make_task(run, objective=objective, sample=dataclasses.replace(SAMPLE, **sample))
+
+
 def test_the_model_samples_as_its_solver_does(run: RunConfig, device: Device) -> None:
     generator = trained(run, device, objective=dataclasses.replace(SMALL, sigma_min=0.4))
     labels, levels = torch.tensor([0, 2]), generator.levels(SAMPLE)
@@ -510,6 +532,26 @@ def test_an_interrupted_training_equals_an_uninterrupted_one(
     assert told[0] == told[1]
 
 
+def train_here(root: str, name: str, parallel: str) -> None:
+    """The training of one process of several."""
+    run = RunConfig(name=name, root=root, device="cpu", precision="fp32", threads=1, parallel=parallel)  # type: ignore[arg-type]
+    config = with_changes(objective=POLYNOMIAL, train=dataclasses.replace(TRAIN, optimizer="radam"))
+    train_generator(run=run, data=DATA, config=config, family="diffusion", device=setup(run))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_train_as_one(run: RunConfig, tmp_path: Path, parallel: str) -> None:
+    """The teacher's forward pass between the student's and the gradient's must not hinder what they exchange."""
+    shutil.copytree(run.folder, tmp_path / "two")
+    train_here(run.root, run.name, "ddp")
+    sys.path.insert(0, str(Path(__file__).parent))
+    forked.run_two(f"{Path(__file__).stem}:train_here", str(tmp_path), "two", parallel, told=tmp_path / "told")
+    (_, one), (_, two) = load_model(run.folder / "diffusion"), load_model(tmp_path / "two" / "diffusion")
+    assert one.keys() == two.keys()
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-4
+
+
 # What is refused
 
 
@@ -548,6 +590,11 @@ def test_what_does_not_go_with_the_objective_is_refused(changes: dict[str, Any],
         ({"kind": "consistency", "sigma_min": 0.0}, r"sigma_min=0\.0"),
         ({"kind": "consistency", "sigma_max": 0.001}, r"sigma_max=0\.001"),
         ({"kind": "consistency", "sigma_max": math.inf}, r"must be finite"),
+        ({"kind": "consistency", "sigma_max": 2e4}, r"sigma_max=20000\.0 must rise between 0\.0001 and 10000"),
+        ({"kind": "consistency", "rho": 0.0}, r"rho=0\.0 must be positive"),
+        ({"kind": "consistency", "discretisation": "sinusoidal", "rho": 1.0}, r"rho=1\.0 must be above 1"),
+        ({"kind": "consistency", "mean": 30.0}, r"mean=30\.0 with deviation=2\.0 draws no noises between"),
+        ({"kind": "consistency", "mean": -11.1, "deviation": 0.5}, r"mean=-11\.1 .*: mean is one of ln sigma"),
         ({"kind": "consistency", "huber_scale": 0.0}, r"huber_scale=0\.0 must be positive"),
         ({"kind": "consistency", "huber": "whole"}, r"vector, element"),
     ],

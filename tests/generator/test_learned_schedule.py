@@ -21,7 +21,7 @@ from generator.config import (
 from generator.consistency_config import ObjectiveConfig
 from generator.learned_config import LearnedScheduleConfig
 from generator.learned_sampling import solve_map
-from generator.learned_schedule import Course, LearnedSchedule, MonotoneTime, by_row
+from generator.learned_schedule import Course, LearnedSchedule, MonotoneTime, by_row, rate_flops
 from generator.path import noised, variance_preserving
 from generator.schedule import MAX_LOGSNR, build_schedule
 from generator.solvers import SampleNoise, solve
@@ -40,9 +40,10 @@ def wild(module: nn.Module, seed: int = 0) -> Any:
     return module
 
 
-def build(per: str, **settings: Any) -> LearnedSchedule:
+def build(per: str, *, told_image: bool | None = None, **settings: Any) -> LearnedSchedule:
     torch.manual_seed(0)
-    return LearnedSchedule(LearnedScheduleConfig(per=per, hidden=16, **settings), SHAPE)  # type: ignore[arg-type]
+    config = LearnedScheduleConfig(per=per, hidden=16, **settings)  # type: ignore[arg-type]
+    return LearnedSchedule(config, SHAPE, told_image=per == "pixel" if told_image is None else told_image)
 
 
 def images(rows: int) -> Tensor:
@@ -132,6 +133,33 @@ def test_a_pixel_is_told_by_the_image_around_it_and_all_rates_are_1_at_first() -
     rates, (other,) = schedule.rates(image), schedule.rates(image.index_fill(3, torch.tensor([3]), 5.0))
     assert bool((rates > 0).all()) and rates.std() > 0
     assert not torch.allclose(other[:, :, 2:], rates[0, :, :, 2:])
+
+
+def test_a_channel_is_told_by_the_mean_over_the_image_if_there_is_one() -> None:
+    schedule, two = build("channel", told_image=True), images(2)
+    torch.testing.assert_close(schedule.rates(two), torch.ones(2, 2, 1, 1))
+    schedule = wild(schedule)
+    pixels = wild(build("pixel", told_image=True)).rates(two)  # the same weights
+    found = schedule.rates(two)
+    before_softplus = torch.log(torch.expm1(pixels)).mean((2, 3), keepdim=True)
+    torch.testing.assert_close(found, torch.nn.functional.softplus(before_softplus))
+    assert bool((found[0] != found[1]).all()) and "scale" not in dict(schedule.named_parameters())
+    levels = schedule(torch.tensor([0.3, 0.3]), two)
+    assert levels.shape == (2, *SHAPE)
+    assert torch.equal(levels, levels[:, :, :1, :1].expand_as(levels)) and not torch.equal(levels[0], levels[1])
+    time = torch.tensor([0.2, 0.9])
+    together = schedule.penalties(schedule.course(time, found), found, two)
+    alone = schedule.penalties(schedule.course(time[1:], found[1:]), found[1:], two[1:])
+    torch.testing.assert_close(together.weighted(schedule.config)[1:], alone.weighted(schedule.config))
+    assert build("scalar", told_image=True).of_image is None
+
+
+def test_the_operations_of_rates_are_those_of_their_convolutions() -> None:
+    row = torch.empty(1, *SHAPE)
+    convolutions = 2 * 9 * 16 * (2 * 8 + 8 * 8 + 8 * 8 + 8 * 2)
+    assert rate_flops(build("pixel", channels=8), row) == convolutions
+    assert rate_flops(build("channel", told_image=True, channels=8), row) == convolutions
+    assert rate_flops(build("channel"), row) == rate_flops(None, row) == 0
 
 
 # The penalties
@@ -295,6 +323,11 @@ MAPS = DiffusionSampleConfig(solver="ddpm", steps="time")
         (LearnedScheduleConfig, {"learning_rate_factor": 0.0}, r"learning_rate_factor=0\.0 must be positive"),
         (LearnedScheduleConfig, {"channels": 8}, r"learned\.channels=8 has no effect with per=scalar"),
         (LearnedScheduleConfig, {"per": "row"}, r"learned\.per='row' must be one of pixel, channel, scalar"),
+        (
+            DiffusionConfig,
+            {"schedule": ScheduleConfig(kind="learned", learned=LearnedScheduleConfig(per="channel", channels=8))},
+            r"learned\.channels=8 has no effect with condition\.kind=class",
+        ),
         (ScheduleConfig, {"learned": LearnedScheduleConfig(margin=0.1)}, r"has no effect with kind=cosine"),
         (ScheduleConfig, {"kind": "learned", "scale": 2.0}, r"schedule\.scale has no place in kind=learned"),
         (ScheduleConfig, {"kind": "learned", "mixed": MixedScheduleConfig()}, r"schedule\.mixed has no place"),
@@ -328,5 +361,7 @@ def test_what_cannot_be_learned_is_refused(section: Any, settings: dict[str, Any
 
 def test_what_can_be_learned_is_not_refused() -> None:
     pixel = ScheduleConfig(kind="learned", learned=LearnedScheduleConfig(per="pixel", channels=8))
-    DiffusionConfig(schedule=pixel, condition=ConditionConfig(kind="image"), sample=MAPS)
+    channel = ScheduleConfig(kind="learned", learned=LearnedScheduleConfig(per="channel", channels=8))
+    for schedule in (pixel, channel):
+        DiffusionConfig(schedule=schedule, condition=ConditionConfig(kind="image"), sample=MAPS)
     DiffusionConfig(schedule=ScheduleConfig(kind="learned"), target="eps")

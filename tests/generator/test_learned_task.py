@@ -45,12 +45,16 @@ TRAIN = TrainConfig(
 MODEL = DenoiserModelConfig(depth=1, width=32, heads=2)
 MAPS = DiffusionSampleConfig(solver="ddpm", steps="time", num_steps=3, batch_size=10)
 DATA = DataConfig(workers=0)
-KINDS = ("scalar", "channel", "pixel")
+KINDS = ("scalar", "channel", "told", "pixel")
 
 
 def config(per: str, **changes: Any) -> DiffusionConfig:
-    learned = LearnedScheduleConfig(per=per, hidden=8, **({"channels": 8} if per == "pixel" else {}))  # type: ignore[arg-type]
-    kind: Any = "image" if per == "pixel" else "class"
+    """That of a schedule; `told` is one of each channel that reads an image."""
+    reads = per in ("pixel", "told")
+    learned = LearnedScheduleConfig(
+        per="channel" if per == "told" else per, hidden=8, **({"channels": 8} if reads else {})  # type: ignore[arg-type]
+    )
+    kind: Any = "image" if reads else "class"
     settings: dict[str, Any] = {
         "model": MODEL, "condition": ConditionConfig(kind=kind), "target": "eps", "train": TRAIN, "sample": MAPS,
         "schedule": ScheduleConfig(kind="learned", learned=learned),
@@ -114,7 +118,7 @@ def test_the_loss_is_the_error_at_the_learned_levels_and_what_holds_the_schedule
     rng, latents = StepRandom(0, 3, 8), batch["latents"].float()
     u, eps = rng.uniform(), rng.normal(*latents.shape[1:])
     dropped = rng.uniform() < MODEL.label_dropout
-    given = batch["smaller"].float() if per == "pixel" else batch["labels"]
+    given = batch["smaller"].float() if per in ("pixel", "told") else batch["labels"]
     condition = task.condition.drop(given, dropped)
     rates = task.schedule.rates(condition)
     logsnr = task.schedule.logsnr(1 - u, rates)
@@ -142,7 +146,8 @@ def test_the_error_reaches_the_schedule_and_the_rates_through_the_levels(told: R
     latents, condition = batch_of(told)["latents"].float(), batch_of(told)["smaller"].float()
     logsnr = task.schedule(torch.full((8,), 0.5), condition)
     task.errors_at(latents, condition, logsnr, torch.ones_like(latents)).mean().backward()
-    for part in (task.schedule.elapsed.heights, task.schedule.pixels.first.weight):
+    assert task.schedule.of_image is not None
+    for part in (task.schedule.elapsed.heights, task.schedule.of_image.first.weight):
         assert part.grad is not None and float(part.grad.abs().sum()) > 0
     assert task.schedule.speed.heights.grad is None  # which the constraint alone moves
 
@@ -169,7 +174,7 @@ def test_a_trained_network_brings_its_schedule_and_samples_row_by_row(
     assert schedule is not None
     assert torch.equal(weights["learned_schedule.elapsed.heights"], schedule.elapsed.heights)
     assert not torch.equal(schedule.elapsed.heights, make_task(told, per).schedule.elapsed.heights)
-    rows = batch_of(told)["smaller"].float() if per == "pixel" else batch_of(told)["labels"]
+    rows = batch_of(told)["smaller"].float() if per in ("pixel", "told") else batch_of(told)["labels"]
     three = generator.sample(rows[:3], [5, 6, 7], **dataclasses.asdict(MAPS))
     one = generator.sample(rows[1:2], [6], **dataclasses.asdict(MAPS))
     assert three.shape == (3, 4, 4, 4) and bool(three.isfinite().all())
@@ -201,7 +206,7 @@ def test_sampling_maps_by_one_level_for_all_is_refused(told: RunConfig) -> None:
         generator.sample(None, [0], solver="ddim")
 
 
-@pytest.mark.parametrize("per", ["scalar", "pixel"])
+@pytest.mark.parametrize("per", ["scalar", "told", "pixel"])
 def test_an_interrupted_training_equals_an_uninterrupted_one(
     told: RunConfig, tmp_path: Path, device: Device, per: str
 ) -> None:

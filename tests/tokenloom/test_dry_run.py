@@ -9,7 +9,7 @@ import torch
 
 from engine.config import DataConfig, TrainConfig
 from engine.device import setup
-from engine.flops import forward_flops
+from engine.flops import forward_flops, saved_bytes
 from generator.condition_config import ConditionConfig
 from generator.config import (
     AutoregressiveConfig,
@@ -22,11 +22,13 @@ from generator.config import (
     ScheduleConfig,
 )
 from generator.consistency_config import ObjectiveConfig
+from generator.learned_config import LearnedScheduleConfig
+from generator.learned_schedule import rate_flops
 from tokenizer.config import QuantizerConfig, TokenizerConfig, TokenizerLossConfig, TokenizerModelConfig
 from tokenizer.encode import encode_flops
 from tokenizer.model import Tokenizer, count_parameters
 from tokenizer.perceptual import open_perceptual
-from tokenloom.dry_run import Stage, build_stages, dry_run, encoded_splits, memory, quantity, stage_facts
+from tokenloom.dry_run import Stage, Trained, build_stages, dry_run, encoded_splits, memory, quantity, stage_facts
 from tokenloom.experiment import Experiment, load_experiment
 from tokenloom.pipeline import check
 
@@ -204,6 +206,25 @@ def test_a_consistency_model_takes_one_more_forward_pass(digits: Experiment) -> 
     with torch.device("meta"):
         factors = [{each.name: each for each in build_stages(run, 10)}["diffusion"].factor for run in (digits, told)]
     assert factors == [3, 4]
+
+
+def test_the_rates_of_a_learned_schedule_count(digits: Experiment) -> None:
+    sample = DiffusionSampleConfig(solver="ddpm", steps="time")
+    found = {}
+    for channels in (8, 32):
+        learned = LearnedScheduleConfig(per="pixel", channels=channels)
+        told = with_diffusion(
+            digits, condition=ConditionConfig(kind="image"), sample=sample,
+            schedule=ScheduleConfig(kind="learned", learned=learned),
+        )  # fmt: skip
+        with torch.device("meta"):
+            stage = {each.name: each for each in build_stages(told, 10)}["diffusion"]
+        rates = rate_flops(stage.network.learned_schedule, stage.inputs[2])  # type: ignore[arg-type]
+        assert stage.factor * forward_flops(stage.network, *stage.inputs) == pytest.approx(
+            3 * (forward_flops(stage.network, *stage.inputs) + rates)
+        )
+        found[channels] = saved_bytes(Trained(stage), *stage.inputs), rates
+    assert all(small < large for small, large in zip(found[8], found[32], strict=True))
 
 
 def with_tokenizer(experiment: Experiment, **changes: Any) -> Experiment:
