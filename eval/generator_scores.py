@@ -130,11 +130,9 @@ def score_likelihood(
             values.append(generator.nll(codes, told).cpu() / codes.shape[1])
     values = device.collect(values)
     estimate = mean_of(torch.cat(values))
-    kind = {} if inputs.prompts is None else {"condition": "text"}
+    settings = {"unit": "nats per code", "tokenizer": tokenizer.fingerprint, "labels": bool(generator.num_classes)}
     stated = protocol(
-        settings={
-            "unit": "nats per code", "tokenizer": tokenizer.fingerprint, "labels": bool(generator.num_classes), **kind,
-        },  # fmt: skip
+        settings=settings if inputs.prompts is None else {**settings, "condition": "text"},
         reference=test_set.identity().get("digest"),
         num_real=sum(len(part) for part in values),
         **data_facts(test_set),

@@ -11,23 +11,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from PIL import Image, ImageDraw
 from torch import Tensor
 
-from engine.checkpoint import write_atomic, write_json
+from engine.checkpoint import write_json
 from eval.extraction import Extracted
 from eval.features import Extractor
 from eval.manifold import nearest
 from eval.panel import Panel
 from eval.pictures import Pictures
 from eval.protocol import Record, protocol, record
+from eval.sheets import save_sheet
 from eval.statistics import Estimate, proportion
 
 SHOWN = 5  # nearest training images beside each generated one
 QUANTILE = 0.01  # of real images' distances; nearer than that is suspicious
 LEAST_HELD_OUT = 100  # fewer distances have no such quantile
-TILE, MARGIN, TEXT = 96, 4, 14  # pixels of the sheet
 
 
 class Archive(NamedTuple):
@@ -116,8 +114,7 @@ def write_sheet(
             text = f"{distance / found.typical:.2f}" if found.typical > 0 else f"{distance:.3g}"
             tiles.append((training.load(index, index + 1)[0], text))
         lines.append(tiles)
-    sheet = _sheet(lines)
-    write_atomic(path, lambda draft: sheet.save(draft, format="PNG"))
+    save_sheet(path, lines)
     shown = slice(0, len(lines))
     numbers = {
         "samples": found.rows[shown].tolist(),
@@ -126,23 +123,3 @@ def write_sheet(
         "typical_distance": found.typical,
     }
     write_json(path.with_suffix(".json"), {**told, **numbers})
-
-
-def _sheet(lines: list[list[tuple[Tensor, str]]]) -> Image.Image:
-    columns, step = max(map(len, lines)), TILE + MARGIN
-    sheet = Image.new("RGB", (columns * step + 3 * MARGIN, len(lines) * (step + TEXT) + MARGIN), "white")
-    draw = ImageDraw.Draw(sheet)
-    for line, tiles in enumerate(lines):
-        for column, (image, text) in enumerate(tiles):
-            left = MARGIN + column * step + (2 * MARGIN if column else 0)  # the generated image stands apart
-            top = MARGIN + line * (step + TEXT)
-            sheet.paste(_tile(image), (left, top))
-            draw.text((left + 2, top + TILE), text, fill="black")
-    return sheet
-
-
-def _tile(image: Tensor) -> Image.Image:
-    """uint8 [3, H, W] at the sheet's size: small images keep their pixels' edges."""
-    picture = Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
-    smooth = max(picture.size) > TILE
-    return picture.resize((TILE, TILE), Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST)

@@ -1,9 +1,13 @@
-"""Scores of restored images: samples of smaller test images against the test images, beside mere enlargement."""
+"""Scores of restored images: samples of smaller test images against the test images, beside mere enlargement.
+
+A sheet shows some of them: the smaller image, the sample that was drawn from it, and the original.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,17 +26,19 @@ from eval.pictures import Pictures, drawn, numbered
 from eval.protocol import Record, protocol, record
 from eval.reconstruction import lpips_distance, psnr, ssim
 from eval.sample_sets import Drawn
+from eval.sheets import save_sheet
 from eval.statistics import mean_of
 from eval.subject import Subject
 from eval.tokenizer_scores import SETTINGS, load_lpips, lpips_nets
 from generator.config import DiffusionConfig
 from generator.sample_folder import read_samples
 from tokenizer.encode import open_codes
-from tokenizer.smaller import smaller_version
+from tokenizer.smaller import shrink, smaller_version
 
 ENLARGED = "enlarged"  # the subject of smaller images that no model restored
 SSIM_SIDE = 11  # SSIM's window, which images must hold
 BLOCK = 64  # images that a process measures at a time
+SHOWN = 10  # lines of the sheet
 
 
 class Measured(NamedTuple):
@@ -56,8 +62,8 @@ def score_restorations(subject: Subject, folders: Sequence[Drawn], panel: Panel)
     """psnr, ssim and lpips_<net> of samples whose conditions were smaller test images, against these test images.
 
     Beside them, as the subject `enlarged`, the same of the smaller images as they are, bicubically enlarged. Samples of
-    other conditions have no originals, so none of these scores. Every process must call it; all but the first get an
-    empty list.
+    other conditions have no originals, so none of these scores. Some of each are drawn in eval/restored-<subject>.png.
+    Every process must call it; all but the first get an empty list.
 
     Raises:
         ValueError: the codes of the test split are missing or of other images.
@@ -82,7 +88,28 @@ def score_restorations(subject: Subject, folders: Sequence[Drawn], panel: Panel)
         for pictures, stated in made:
             measured = measure(pictures, originals, nets, device)
             records += _records(pictures.name, measured, factor=factor, facts={**data_facts(test_set), **stated})
+            if device.is_main and pictures is samples:
+                sheet = subject.run.folder / "eval" / f"restored-{name}.png"
+                write_sheet(sheet, samples, originals, measured.values["psnr"], rows, factor)
+                print(f"smaller images, samples and originals: {sheet}")
     return records if device.is_main else []
+
+
+def write_sheet(
+    path: Path, made: Pictures, originals: Pictures, likeness: Tensor, rows: np.ndarray, factor: int
+) -> None:
+    """Write `path` (PNG): on each line a smaller image, the sample that was drawn from it, and the original.
+
+    The lines are spread evenly over all samples. `likeness` [N] is their PSNR in dB, `rows` [N] are the numbers of the
+    originals in the test split.
+    """
+    lines, shown = [], min(SHOWN, originals.count)
+    for place in (np.arange(shown) * originals.count // shown).tolist():
+        original = originals.load(place, place + 1)  # [1, 3, H, W]
+        small, sample = shrink(original, factor)[0], made.load(place, place + 1)[0]
+        words = f"{small.shape[2]} x {small.shape[1]} pixels", f"{likeness[place]:.1f} dB", f"test {rows[place]}"
+        lines.append(list(zip((small, sample, original[0]), words, strict=True)))
+    save_sheet(path, lines)
 
 
 def readable(test_set: ImageSet, codes: Shards) -> np.ndarray:

@@ -159,21 +159,11 @@ class Search:
 
 
 def start_stops(align: AlignConfig, sample: DiffusionSampleConfig) -> list[float]:
-    """The stops that the descent begins with.
-
-    Raises:
-        ValueError: a schedule that has no end of its own stops beyond that of the last step.
-    """
+    """The stops that the descent begins with."""
     first, last = align.ends(sample)
     ended = align.start != "cosine"  # which spaces itself down to clean data
     levels = solver_levels(align.start, align.num_steps + ended, first=first, last=last).tolist()
-    between = levels[1 : align.num_steps]
-    if not between[-1] < last:
-        raise ValueError(
-            f"diffusion.align.start={align.start} stops at log SNR {between[-1]:.6g} with num_steps={align.num_steps},"
-            f" not below last_logsnr={last}: raise last_logsnr, lower num_steps, or use start=karras"
-        )
-    return [first, *between, last]  # the ends exactly
+    return [first, *levels[1 : align.num_steps], last]  # the ends exactly
 
 
 def _opened(run: RunConfig, config: DiffusionConfig) -> tuple[Diffusion, Shards]:

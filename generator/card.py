@@ -11,6 +11,7 @@ from engine.config import to_dict
 from engine.images import ImageSet
 from engine.shards import Shards
 from generator.condition import null_unknown
+from generator.condition_config import ConditionConfig
 from generator.config import AutoregressiveConfig, DiffusionConfig
 from tokenizer.model import Tokenizer
 
@@ -48,4 +49,21 @@ def generator_card(
         "vocab_size": tokenizer.vocab_size,
         "latent_shape": list(tokenizer.latent_shape),
         "tokenizer_fingerprint": tokenizer.code_fingerprint,
+        **_text_weights(config.condition),
+        **_smaller(config.condition, source),
     }
+
+
+def _text_weights(condition: ConditionConfig) -> dict[str, str]:
+    """What tells the frozen weights that texts are read with, where there are any."""
+    if condition.kind != "text" or condition.text.encoder == "bytes":
+        return {}
+    from generator.pretrained_text import text_fingerprint  # transformers is slow to import
+
+    return {"text_fingerprint": str(text_fingerprint(condition.text))}
+
+
+def _smaller(condition: ConditionConfig, source: Shards | ImageSet) -> dict[str, int]:
+    """By how much the images of a condition are smaller, where it is one of images."""
+    told = source.meta.get("low_resolution") if isinstance(source, Shards) and condition.kind == "image" else None
+    return {} if told is None else {"low_resolution": told}

@@ -124,12 +124,13 @@ class TextCondition(_Dropping):
 
 
 class ImageCondition(_Dropping):
-    """Latents [C, h, w] of a smaller version of the image, enlarged again; zeros are null."""
+    """Latents [C, h, w] of the image made smaller by a factor, and enlarged again; zeros are null."""
 
     kind, draws, guidable = "image", False, True
 
-    def __init__(self, latent_shape: Sequence[int]) -> None:
-        self.latent_shape = tuple(latent_shape)
+    def __init__(self, latent_shape: Sequence[int], factor: int = 0) -> None:
+        """A factor of 0 is not known yet: of a generator that is only imagined."""
+        self.latent_shape, self.factor = tuple(latent_shape), factor
 
     def rows(self, given: Tensor | None, count: int) -> Tensor:
         """Latents float32 [count, C, h, w]."""
@@ -151,6 +152,12 @@ class ImageCondition(_Dropping):
                 "condition.kind=image needs the smaller images of the data beside their latents: set"
                 " tokenizer.low_resolution, to 4 for instance, and run `tokenloom encode` again"
             )
+        if self.factor not in (0, source.meta["low_resolution"]):
+            raise ValueError(
+                f"{source.folder} has smaller images of 1/{source.meta['low_resolution']} of the side, but this"
+                f" generator learned from 1/{self.factor}: set tokenizer.low_resolution={self.factor} and run"
+                " `tokenloom encode` again"
+            )
 
         def read(batch: Mapping[str, Tensor], draws: Tensor | None = None) -> Tensor:
             return batch["smaller"].float()
@@ -164,7 +171,7 @@ def build_condition(config: ConditionConfig, card: Mapping[str, Any]) -> Conditi
         check_fingerprint(config.text, card.get("text_fingerprint"))
         return TextCondition(config.text, card["class_names"])
     if config.kind == "image":
-        return ImageCondition(card["latent_shape"])
+        return ImageCondition(card["latent_shape"], card.get("low_resolution", 0))
     return ClassCondition(card["num_classes"])
 
 

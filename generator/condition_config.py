@@ -108,6 +108,14 @@ class ConditionConfig:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class CodesConditionConfig(ConditionConfig):
+    """That of a family whose codes stand beside no image."""
+
+    kind: Literal["class", "text"] = "class"
+    """What the generator is told: a class (or nothing where there are none), or a text."""
+
+
 def plain(text: str) -> str:
     """A text in lower case, its words one blank apart: what the encoder over bytes reads."""
     return " ".join(text.lower().split())

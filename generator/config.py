@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 from engine.config import TrainConfig
 from generator.align_config import AlignConfig, check_align
 from generator.checks import check_at_least, check_choices, check_finite, check_scale, check_share
-from generator.condition_config import ConditionConfig
+from generator.condition_config import CodesConditionConfig, ConditionConfig
 from generator.consistency_config import ObjectiveConfig, check_objective
 from generator.learned_config import LearnedScheduleConfig, check_learned
 
@@ -149,7 +149,7 @@ class OrderConfig:
 @dataclass(frozen=True, kw_only=True)
 class AutoregressiveConfig:
     model: AutoregressiveModelConfig = field(default_factory=AutoregressiveModelConfig)
-    condition: ConditionConfig = field(default_factory=ConditionConfig)
+    condition: CodesConditionConfig = field(default_factory=CodesConditionConfig)
     """What the generator is told about an image."""
     codes: Literal["cached", "on_the_fly"] = "cached"
     """Train on the codes that `encode` wrote, or augment and encode the images of each step anew."""
@@ -158,8 +158,6 @@ class AutoregressiveConfig:
     sample: AutoregressiveSampleConfig = field(default_factory=AutoregressiveSampleConfig)
 
     def __post_init__(self) -> None:
-        if self.condition.kind == "image":
-            raise ValueError("autoregressive.condition.kind=image: only diffusion takes images; use class or text")
         _check_condition("autoregressive", self)
 
 

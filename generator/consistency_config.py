@@ -177,8 +177,8 @@ def check_last(objective: ObjectiveConfig, sample: Any, last: float) -> None:
     if objective.kind == "consistency" and last > objective.levels[1] + 1e-9:
         raise ValueError(
             f"diffusion.sample.steps={sample.steps} with num_steps={sample.num_steps} goes up to log SNR {last:.6g},"
-            f" but beyond {objective.levels[1]:.6g}, that of sigma_min={objective.sigma_min}, a consistency model returns"
-            " what it is given: lower num_steps or last_logsnr"
+            f" but beyond {objective.levels[1]:.6g}, that of sigma_min={objective.sigma_min}, a consistency model"
+            " returns what it is given: lower num_steps or last_logsnr"
         )
 
 

@@ -304,9 +304,11 @@ def check_outside(card: dict[str, Any], outside: Diffusion, settings: DiffusionS
 
 def _check_alike(card: dict[str, Any], other: dict[str, Any], named: str, role: str) -> None:
     """Raise ValueError unless two cards name the same tokenizer, latents, classes and condition."""
-    if condition_config(card) != condition_config(other):
+    smaller = [each.get("low_resolution") for each in (card, other)]
+    if condition_config(card) != condition_config(other) or smaller[0] != smaller[1]:
         raise ValueError(
-            f"{named} was trained with another diffusion.condition than this generator: choose a {role} with the same"
+            f"{named} was trained with another diffusion.condition, or smaller images, than this generator: choose a"
+            f" {role} with the same"
         )
     kind, wanted = (objective_config(each["config"]).kind for each in (other, card))
     if kind != wanted:

@@ -17,7 +17,7 @@ from engine.images import ImageSet
 from engine.shards import Shards
 from generator.autoregressive import Autoregressive
 from generator.captions import lines_of, prompts_of
-from generator.condition import TextCondition, null_unknown
+from generator.condition import ImageCondition, TextCondition, null_unknown
 from generator.diffusion import Diffusion
 from generator.smaller import smaller_latents
 from tokenizer.encode import open_codes
@@ -91,16 +91,14 @@ def choose_inputs(
     test = _TestSplit(run)
     if generator.condition.kind == "text":
         if prompts:
+            generator.condition.rows(list(prompts), len(prompts))  # one that does not fit is refused before sampling
             return Inputs(labels=[-1] * num, prompts=[prompts[row % len(prompts)] for row in range(num)])
         labels = classes_in_turn(generator, num, label)
         return Inputs(labels=labels, prompts=_prompts(generator, labels, test))
-    if generator.condition.kind == "image":
+    if isinstance(generator.condition, ImageCondition):
         if images:
-            turns = [row % len(images) for row in range(num)]
-            latents = smaller_latents(test.tokenizer, images, factor=test.factor)[turns]
-            return Inputs(labels=[-1] * num, images=[_named(images[turn]) for turn in turns], latents=latents)
-        assert test.factor, "checked"
-        return _of_test_split(test.shards, num)
+            return _of_files(images, test.tokenizer, num, factor=generator.condition.factor)
+        return _of_test_split(generator.condition, test.shards, num)
     return Inputs(labels=classes_in_turn(generator, num, label))
 
 
@@ -140,17 +138,6 @@ class _TestSplit:
     def shards(self) -> Shards:
         return open_codes(self.run, "test", self.tokenizer)
 
-    @property
-    def factor(self) -> int:
-        """By how much its smaller images are smaller."""
-        factor = self.shards.meta.get("low_resolution")
-        if factor is None:
-            raise ValueError(
-                f"{self.shards.folder} has no smaller images to draw from: set tokenizer.low_resolution and run"
-                " `tokenloom encode` again"
-            )
-        return factor
-
 
 def _prompts(generator: Generator, labels: Sequence[int], test: _TestSplit) -> list[str]:
     assert isinstance(generator.condition, TextCondition)
@@ -162,12 +149,20 @@ def _prompts(generator: Generator, labels: Sequence[int], test: _TestSplit) -> l
     return prompts_of(config, generator.class_names, labels, shards.captions, classes)
 
 
-def _of_test_split(shards: Shards, num: int) -> Inputs:
+def _of_files(paths: Sequence[Path], tokenizer: Tokenizer, num: int, *, factor: int) -> Inputs:
+    """Smaller images of files in turn."""
+    turns = [row % len(paths) for row in range(num)]
+    latents, names = smaller_latents(tokenizer, paths, factor=factor), [_named(path) for path in paths]
+    return Inputs(labels=[-1] * num, images=[names[turn] for turn in turns], latents=latents[turns])
+
+
+def _of_test_split(condition: ImageCondition, shards: Shards, num: int) -> Inputs:
     """Smaller images of the test split, spread evenly, each once: test sets are often sorted by class.
 
     Raises:
-        ValueError: there are fewer.
+        ValueError: there are fewer, or they are smaller by another factor than the condition's.
     """
+    read = condition.reader(shards)
     if num > len(shards):
         raise ValueError(
             f"num={num} samples are drawn from as many smaller images, but the test split has {len(shards)}: ask for"
@@ -175,7 +170,7 @@ def _of_test_split(shards: Shards, num: int) -> Inputs:
         )
     rows = np.arange(num) * len(shards) // num
     batch = shards.load(rows)
-    return Inputs(labels=batch["labels"].tolist(), images=rows.tolist(), latents=batch["smaller"])
+    return Inputs(labels=batch["labels"].tolist(), images=rows.tolist(), latents=read(batch, None))
 
 
 def _check_kind(generator: Generator, *, prompts: Sequence[str], images: Sequence[Path], label: int | None) -> None:
@@ -184,7 +179,7 @@ def _check_kind(generator: Generator, *, prompts: Sequence[str], images: Sequenc
         if given and kind != wanted:
             raise ValueError(
                 f"{option} is of a generator with condition.kind={wanted}, but {generator.family} was trained with"
-                f" kind={kind}: leave it out"
+                f" kind={kind}: leave it out, or name the family that takes it with --only"
             )
     if label is not None and (prompts or kind == "image"):
         raise ValueError(f"--label={label} has no effect beside prompts or images: leave it out")

@@ -26,25 +26,26 @@ def smaller_latents(tokenizer: Tokenizer, paths: Sequence[Path], *, factor: int)
     """
     if not paths:
         raise ValueError("no image is given: name at least one file")
-    return enlarged_latents(
-        tokenizer, torch.cat([_read_small(Path(path), tokenizer.image_size, factor) for path in paths])
-    )
+    images = torch.cat([_read_small(Path(path), tokenizer.image_size, factor) for path in paths])
+    return enlarged_latents(tokenizer, images, factor=factor)
 
 
-def enlarged_latents(tokenizer: Tokenizer, images: Tensor) -> Tensor:
-    """The condition that smaller images uint8 [B, 3, s, s] make: latents float32 [B, C, h, w] on the CPU.
+def enlarged_latents(tokenizer: Tokenizer, images: Tensor, *, factor: int) -> Tensor:
+    """The condition that images uint8 [B, 3, s, s], smaller by the factor, make: latents float32 [B, C, h, w] on the
+    CPU.
 
     They have the 16 bits of latents on disk, so that a file says what the same image of the test split says.
 
     Raises:
-        ValueError: images of another kind, or that are not square, or larger than the tokenizer's.
+        ValueError: images of another kind or size.
     """
     size = tokenizer.image_size
+    small = size // factor
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"smaller images are {images.dtype} {list(images.shape)}: give uint8 [B, 3, s, s]")
-    if images.shape[2] != images.shape[3] or images.shape[2] > size:
+    if tuple(images.shape[2:]) != (small, small):
         found = f"{images.shape[3]} x {images.shape[2]} pixels"
-        raise ValueError(f"smaller images have {found}: give square ones of at most {size}, this tokenizer's size")
+        raise ValueError(f"smaller images have {found}, but this generator takes {small} x {small}: scale or crop them")
     device = tokenizer.latent_mean.device
     parts = [tokenizer.to_latents(enlarge(part, size).to(device)).cpu() for part in images.cpu().split(BATCH)]
     return torch.cat(parts).half().float()

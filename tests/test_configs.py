@@ -130,6 +130,7 @@ def test_every_choice_is_in_its_table_and_nothing_else_is(key: str, table: dict)
 
 
 CONSISTENCY = ["diffusion.objective.kind=consistency", "diffusion.sample.solver=consistency"]
+FAMILIES = ("autoregressive", "diffusion")
 LEVEL_MAPS = ["diffusion.schedule.kind=learned", "diffusion.sample.steps=time"]
 # What a choice needs beside it; a dot in front stands for its own section.
 COMPANIONS = {
@@ -137,6 +138,12 @@ COMPANIONS = {
     "diffusion.objective.discretisation=constant": CONSISTENCY,
     "diffusion.schedule.learned.per=channel": LEVEL_MAPS,
     "diffusion.schedule.learned.per=pixel": [*LEVEL_MAPS, "diffusion.condition.kind=image"],
+    **{f"{key}.condition.text.captions=data": [f"{key}.condition.kind=text"] for key in FAMILIES},
+    **{
+        f"{key}.condition.text.encoder={each}": [".path=folder", f"{key}.condition.kind=text"]
+        for key in FAMILIES
+        for each in ("clip", "t5")
+    },
     "exponential": [".final_learning_rate=1e-6"],
     "fsq": [".levels=[4,4]", "tokenizer.model.code_dim=2"],
     "easy_to_hard": [".num_clusters=3", ".patience=3"],
@@ -156,7 +163,7 @@ CHOICES = dict(choices(Experiment))
 APART = (
     *("consistency", "polynomial", "sinusoidal", "element", "diffusion.objective.discretisation=constant"),
     *("diffusion.schedule.learned.per=channel", "diffusion.schedule.learned.per=pixel"),
-    *("kl", "pixels", "fixed"),
+    *("clip", "t5", "data", "image", "kl", "pixels", "fixed"),
 )
 
 

@@ -48,7 +48,7 @@ def sample(
         family: `autoregressive` or `diffusion`.
         labels: a class for each seed; None draws without a class.
         prompts: a text for each seed, where the generator takes texts.
-        images: a smaller image for each seed, uint8 [B, 3, h, w], where the generator takes such.
+        images: a smaller image for each seed, uint8 [B, 3, s, s], where the generator takes such.
         settings: keys of the family's `sample` section, such as `temperature` or `guidance`; the others are as trained.
 
     Raises:
@@ -106,7 +106,9 @@ def _condition(generator: Any, tokenizer: Tokenizer, seeds: Sequence[int], **giv
     values = given[wanted]
     if values is None or wanted == "prompts":
         return None if values is None else list(values)
-    return torch.tensor(list(values)) if wanted == "labels" else enlarged_latents(tokenizer, values)
+    if wanted == "labels":
+        return torch.tensor(list(values))
+    return enlarged_latents(tokenizer, values, factor=generator.condition.factor)
 
 
 def _trained_settings(generator: Any) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from engine.checkpoint import load_model, save_model, write_atomic
 from generator.aligned_steps import copy_aligned
+from generator.captions import prompts_of
+from generator.condition import condition_config
 from generator.snapshots import load_generator
 from tokenloom.run_files import FAMILIES, tokenizer_folder
 
@@ -38,7 +41,7 @@ def export(run: Path, out: Path) -> Path:
         if (run / name).exists():
             shutil.copyfile(run / name, out / Path(name).name)
     lines = [f"| {stage} | `{fingerprint}` |" for stage, fingerprint in fingerprints.items()]
-    write_atomic(out / "README.md", "\n".join([*_usage(cards), *FACTS, *lines, ""]).encode())
+    write_atomic(out / "README.md", "\n".join([*export_usage(cards), *FACTS, *lines, ""]).encode())
     return out
 
 
@@ -65,13 +68,28 @@ def _write_model(card: dict[str, Any], home: Path, out: Path) -> str:
     return card["fingerprint"]
 
 
-def _usage(cards: dict[str, dict[str, Any]]) -> list[str]:
+def export_usage(cards: dict[str, dict[str, Any]]) -> list[str]:
     """How to use the models from Python."""
     family = next((family for family in FAMILIES if family in cards), None)
-    labels = "labels=[0, 1, 2], " if family and cards[family]["num_classes"] > 2 else ""
-    call = f'tokenloom.sample("this-folder", "{family}", {labels}seeds=[0, 1, 2])'
+    told, remarks = _told(cards[family]) if family else ("", [])
+    call = f'tokenloom.sample("this-folder", "{family}", {told}seeds=[0, 1, 2])'
     line = f"images = {call}" if family else 'tokenizer = tokenloom.load_tokenizer("this-folder")'
-    return ["# tokenloom models", "", "```python", "import tokenloom", line, "```", ""]
+    return ["# tokenloom models", "", "```python", "import tokenloom", line, "```", "", *remarks]
+
+
+def _told(card: dict[str, Any]) -> tuple[str, list[str]]:
+    """What three samples are drawn from, as arguments of a call, and what must be known of it."""
+    condition = condition_config(card)
+    if condition.kind == "image":
+        size = f"each 1/{card['low_resolution']} as wide and high as what it makes"
+        return "images=small, ", [f"`small` holds three images, uint8 `[3, 3, s, s]`, {size}.", ""]
+    if condition.kind == "class":
+        return "labels=[0, 1, 2], " if card["num_classes"] > 2 else "", []
+    text, num_classes = condition.text, max(1, card["num_classes"])
+    labels, captions = [place % num_classes for place in range(3)], ["one text", "another one", "a third"]
+    prompts = json.dumps(prompts_of(text, card["class_names"], labels, captions), ensure_ascii=False)
+    frozen = f"Texts are read by the {text.encoder.upper()} of `{text.path}`, which is not in this folder."
+    return f"prompts={prompts}, ", [] if text.encoder == "bytes" else [frozen, ""]
 
 
 FACTS = [

@@ -1,9 +1,10 @@
-"""The pictures of a report: samples by class, reconstructions beside originals, previews on the way."""
+"""The pictures of a report: samples by class or with their texts, restored images and reconstructions beside originals,
+previews on the way."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -35,11 +36,15 @@ NEIGHBOURS = (
     " most like it to the main features; the lines are the nearest pairs of all samples. Numbers are distances, 1 the"
     " usual one of a real image that was not trained on."
 )
+RESTORED = (
+    "On each line a smaller image, the sample that was drawn from it, with its PSNR, and the original. They are spread"
+    " evenly over the test images."
+)
 Told = dict[str, Any]  # samples.json
 
 
 def samples(run: RunFiles) -> str:
-    """Samples of all families: by class where they have classes, else a plain grid."""
+    """Samples of all families: by class where they have classes, else a plain grid; then sheets of restored images."""
     told = {family: run.samples(family) for family in FAMILIES}
     by_class = {family: each for family, each in told.items() if each and max(each["labels"], default=-1) >= 0}
     plain = {family: each for family, each in told.items() if each and family not in by_class}
@@ -52,6 +57,7 @@ def samples(run: RunFiles) -> str:
     if any(told.values()):
         shown = "Rows are classes; these are the first samples of each." if by_class else "These are the first samples."
         parts.insert(0, f'<p class="soft">{shown} Nothing is picked.</p>')
+    parts += _sheets(run, "restored", RESTORED, "smaller images, samples and originals")
     return "".join(parts) or page.note("No generator in this run so far, hence no samples.")
 
 
@@ -74,17 +80,22 @@ def reconstructions(run: RunFiles) -> str:
 
 def neighbours(run: RunFiles) -> str:
     """Sheets of the samples nearest to training images, one for each family, with the share of copies."""
-    sheets = {family: read_picture(run.folder / "eval" / f"neighbours-{family}.png") for family in FAMILIES}
+    asides = {family: _copies(run, family) for family in FAMILIES}
+    sheets = _sheets(run, "neighbours", NEIGHBOURS, "samples and nearest training images", asides)
+    return "".join(sheets) or page.note("No sheets so far: `tokenloom eval` draws them with eval.neighbours above 0.")
+
+
+def _sheets(run: RunFiles, kind: str, intro: str, what: str, asides: Mapping[str, str] | None = None) -> list[str]:
+    """The sheets eval/<kind>-<family>.png behind an intro, none if there are none; asides, HTML, stand in headings."""
+    sheets = {family: read_picture(run.folder / "eval" / f"{kind}-{family}.png") for family in FAMILIES}
     found = {family: sheet for family, sheet in sheets.items() if sheet is not None}
-    if not found:
-        return page.note("No sheets so far: `tokenloom eval` draws them with eval.neighbours above 0.")
     parts = []
     for family, sheet in found.items():
         height, width = sheet.shape[:2]
         side = int(max(height, width) * math.sqrt(SECTION_PIXELS / len(found) / (height * width)))
-        picture = page.picture(data_uri(shrunk(sheet, side)), f"{TITLES[family]}: samples and nearest training images")
-        parts.append(f"<div><h3>{escape(TITLES[family])}{_copies(run, family)}</h3>{picture}</div>")
-    return f'<p class="soft">{NEIGHBOURS}</p><div class="halves">{"".join(parts)}</div>'
+        picture = page.picture(data_uri(shrunk(sheet, side)), f"{TITLES[family]}: {what}")
+        parts.append(f"<div><h3>{escape(TITLES[family])}{(asides or {}).get(family, '')}</h3>{picture}</div>")
+    return [f'<p class="soft">{intro}</p><div class="halves">{"".join(parts)}</div>'] if parts else []
 
 
 def _copies(run: RunFiles, family: str) -> str:
@@ -159,7 +170,14 @@ def _tiles(run: RunFiles, family: str, told: Told, rows: Sequence[int], side: in
         if pixels is not None:
             name = f"{TITLES[family]}{what}, seed {told['seeds'][row]}"
             shown.append(page.picture(data_uri(shrunk(pixels, side)), name))
-    return f'<div class="tiles">{"".join(shown)}</div>'
+    return f'<div><div class="tiles">{"".join(shown)}</div>{_prompts(told, rows)}</div>'
+
+
+def _prompts(told: Told, rows: Sequence[int]) -> str:
+    """The texts of these samples in their order, each once; empty where they have none."""
+    texts = dict.fromkeys(told["prompts"][row] or "no text" for row in rows) if told.get("prompts") else {}
+    words = " \N{MIDDLE DOT} ".join(texts)
+    return f'<p class="words">{escape(words)}</p>' if texts else ""
 
 
 def _how(family: str, told: Told) -> str:

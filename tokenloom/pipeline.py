@@ -28,6 +28,7 @@ from generator import sample as sampling
 from generator import train as generating
 from generator.align import align_steps
 from generator.aligned_steps import read_aligned
+from generator.condition_config import ConditionConfig
 from generator.config import AutoregressiveConfig, DiffusionConfig
 from tokenizer import encode as encoding
 from tokenizer import train as tokenizing
@@ -96,7 +97,7 @@ def check_conditions(experiment: Experiment, train_set: ImageSet) -> None:
                 f"{family}.condition.kind=image needs smaller versions of the images beside their latents: set"
                 " tokenizer.low_resolution, to 4 for instance"
             )
-        if condition.kind == "text" and condition.text.captions == "data" and train_set.captions is None:
+        if _reads_captions(condition) and train_set.captions is None:
             raise ValueError(
                 f"{family}.condition.text.captions=data, but the images have no captions: set data.caption_column, or"
                 " captions=templates"
@@ -104,16 +105,23 @@ def check_conditions(experiment: Experiment, train_set: ImageSet) -> None:
     check_enough_test(experiment.eval, experiment.diffusion, open_images(experiment.data, "test"))
 
 
+def _reads_captions(condition: ConditionConfig) -> bool:
+    """Whether a generator is told the captions of the data."""
+    return condition.kind == "text" and condition.text.captions == "data"
+
+
 def check_tokenizer(experiment: Experiment) -> None:
     """Raise ValueError unless the run that run.tokenizer names has what the generators need: tokenizer and codes of
-    these images, and their smaller versions where a condition is made of these."""
+    these images, and their smaller versions or captions where a condition is made of these."""
     run, data = experiment.run, experiment.data
     tokenizer = encoding.borrowed_tokenizer(run, data)
     for split in encoded_splits(experiment):
-        shards = encoding.open_codes(run, split, tokenizer)
+        shards, images = encoding.open_codes(run, split, tokenizer), open_images(data, split)
         if experiment.diffusion is not None and experiment.diffusion.condition.kind == "image":
             _check_smaller(shards, run.tokenizer)
-        changes = difference(shards.meta["images"], open_images(data, split).content())
+        if any(_reads_captions(config.condition) for _, config in experiment.generators()):
+            _check_captions(shards, images, run.tokenizer)
+        changes = difference(shards.meta["images"], images.content())
         if changes:
             told = ", ".join(f"{key} {before!r} -> {after!r}" for key, (before, after) in changes.items())
             raise ValueError(
@@ -129,6 +137,16 @@ def _check_smaller(shards: Shards, other: str | None) -> None:
         raise ValueError(
             f"run.tokenizer={other} has no smaller images, which diffusion.condition.kind=image needs: `{command}` adds"
             " them, for instance"
+        )
+
+
+def _check_captions(shards: Shards, images: ImageSet, other: str | None) -> None:
+    """Raise ValueError unless the codes of another run have the captions of these images beside them."""
+    if shards.meta.get("captions") != encoding.caption_facts(images).get("captions"):
+        command = f"tokenloom encode --config {Path(other or '') / 'config.yaml'} --data.caption_column=..."
+        raise ValueError(
+            f"run.tokenizer={other} has other captions than this run's section data, or none: `{command}` with the same"
+            " column brings them"
         )
 
 

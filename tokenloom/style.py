@@ -86,7 +86,7 @@ figure { margin: 0 }
 .chart .note { border: 0; padding: 20px 0 }
 .strip { display: grid; gap: 10px; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); margin-top: 10px }
 .wide .strip { grid-template-columns: repeat(auto-fit, minmax(104px, 1fr)) }
-.strip p { margin: 3px 0 0; font-size: .78rem; color: var(--soft) }
+.strip p, .words { margin: 3px 0 0; font-size: .78rem; color: var(--soft) }
 svg text { font-size: 11px; fill: var(--soft); font-variant-numeric: tabular-nums; font-family: inherit }
 svg .grid { stroke: var(--grid) }
 svg .axis { stroke: var(--edge) }

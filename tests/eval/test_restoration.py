@@ -27,7 +27,7 @@ from generator.config import DiffusionConfig
 from generator.sample_folder import png_path, write_png
 from tokenizer.config import TokenizerConfig
 from tokenizer.encode import encode_images
-from tokenizer.smaller import smaller_version
+from tokenizer.smaller import shrink, smaller_version
 
 sys.path.insert(0, str(Path(__file__).parent))
 from untrained import MODEL, make_run
@@ -153,6 +153,21 @@ def test_samples_are_held_against_the_test_images_that_their_conditions_show(sub
     assert mine["hash"] == theirs["hash"] and mine["settings"]["low_resolution"] == 4
     assert (mine["num_real"], mine["subject"]["generator"], mine["subject"]["condition"]) == (20, "abc", "image")
     assert "generator" not in theirs.get("subject", {})
+
+
+def test_a_sheet_shows_the_smaller_image_the_sample_and_the_original(subject: Subject) -> None:
+    rows = list(range(30, 50))
+    truth = subject.test_set.load(np.array(rows))["images"]
+    scored(subject, samples(subject, 255 - truth, images=rows))
+    sheet = np.asarray(Image.open(subject.run.folder / "eval" / "restored-diffusion.png"))
+    assert sheet.shape[:2] == (10 * (96 + 4 + 14) + 4, 3 * (96 + 4) + 12)  # every other of the 20
+    for line, row in ((0, 0), (9, 18)):
+        top, lefts = 4 + line * (96 + 4 + 14), (4, 4 + 100 + 8, 4 + 200 + 8)
+        tiles = [sheet[top : top + 96, left : left + 96].transpose(2, 0, 1) for left in lefts]
+        shown = (shrink(truth[row : row + 1], 4)[0], 255 - truth[row], truth[row])
+        for tile, image in zip(tiles, shown, strict=True):
+            times = 96 // image.shape[1]
+            assert np.array_equal(tile, image.numpy().repeat(times, 1).repeat(times, 2))
 
 
 def test_enlargement_is_scored_once_and_other_samples_not_at_all(subject: Subject) -> None:

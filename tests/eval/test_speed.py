@@ -160,7 +160,7 @@ def test_rates_of_pixels_are_computed_once_a_sample_and_once_a_training_step(run
             diffusion=replace(usual, schedule=ScheduleConfig(kind="learned", learned=learned)), device=device,
             seconds=0.02,
         )  # fmt: skip
-        found[channels] = {row["name"]: row["flops_per_image"] for row in rows}
+        found[channels] = {row["name"]: row.get("flops_per_image") for row in rows}
     # Latents are 4 x 4 x 4: 3 x 3 convolutions of 4, K, K, K and 4 channels.
     small, large = (2 * 9 * 16 * (2 * 4 * each + 2 * each**2) for each in (8, 16))
     for name, factor in (("diffusion step", 3), ("diffusion sampling", 1)):

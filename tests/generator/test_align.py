@@ -118,7 +118,7 @@ def test_bounds_fall_and_levels_rise_in_every_schedule(run: RunConfig) -> None:
         assert all(after < before for before, after in pairwise(stage["bounds"]))
         assert len(stage["bounds"]) >= 2
         assert all(here < there for here, there in pairwise(stage["stops"]))
-        assert (stage["stops"][0], stage["stops"][-1]) == (-10.0, 10.0)
+        assert (stage["stops"][0], stage["stops"][-1]) == (-10.0, 7.0)
     assert finest["stops"][::2] == first["stops"]  # only the new ones have moved
     assert finest["stops"] == told["stops"] and finest["distances"] == []
     start = start_stops(ALIGN, CONFIG.sample)
@@ -155,15 +155,17 @@ def test_without_a_probe_the_descent_goes_on_to_the_end(run: RunConfig) -> None:
 
 
 def test_start_schedules_end_where_the_last_step_does() -> None:
-    sample = DiffusionSampleConfig(first_logsnr=-8.0, last_logsnr=9.0)
+    sample = DiffusionSampleConfig(first_logsnr=-8.0)  # whose own last level, 10, has no part in it
     for start in ("karras", "logsnr"):
         stops = start_stops(AlignConfig(start=start, num_steps=5), sample)  # type: ignore[arg-type]
-        assert stops == pytest.approx(solver_levels(start, 6, first=-8.0, last=9.0).tolist())
-        assert (stops[0], stops[-1]) == (-8.0, 9.0)
+        assert stops == pytest.approx(solver_levels(start, 6, first=-8.0, last=7.0).tolist())
+        assert (stops[0], stops[-1]) == (-8.0, 7.0)
     cosine = start_stops(AlignConfig(start="cosine", num_steps=5, last_logsnr=6.0), sample)
     assert cosine == pytest.approx([*solver_levels("cosine", 5, first=-8.0, last=6.0).tolist(), 6.0])
-    with pytest.raises(ValueError, match=r"align\.start=cosine stops at log SNR .* not below last_logsnr=1\.0"):
-        start_stops(AlignConfig(start="cosine", num_steps=5, last_logsnr=1.0), sample)
+    stop = float(solver_levels("cosine", 5, first=-8.0, last=9.0)[-1])
+    DiffusionConfig(sample=sample, align=AlignConfig(num_steps=5, last_logsnr=stop + 1e-6))
+    with pytest.raises(ValueError, match=rf"align\.start=cosine stops at log SNR {stop:.6g} with num_steps=5, not below"):
+        DiffusionConfig(sample=sample, align=AlignConfig(num_steps=5, last_logsnr=stop - 1e-6))
 
 
 # Measures
@@ -411,8 +413,8 @@ def test_settings_out_of_range_are_refused(values: dict[str, Any], message: str)
 
 
 def test_settings_that_leave_no_room_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"align\.first_logsnr=10\.5 must lie below last_logsnr=10\.0"):
-        DiffusionConfig(align=AlignConfig(first_logsnr=10.5))
+    with pytest.raises(ValueError, match=r"align\.first_logsnr=7\.5 must lie below last_logsnr=7\.0"):
+        DiffusionConfig(align=AlignConfig(first_logsnr=7.5))
     schedule = ScheduleConfig(kind="learned", learned=LearnedScheduleConfig(per="channel"))
     with pytest.raises(ValueError, match=r"schedule\.learned\.per=channel every channel has its own"):
         DiffusionConfig(align=ALIGN, schedule=schedule, sample=DiffusionSampleConfig(steps="time"))

@@ -452,9 +452,7 @@ def test_a_training_samples_in_one_step_and_in_two(run: RunConfig, device: Devic
         ({"num_steps": 20}, r"steps=cosine with num_steps=20 goes up to log SNR 5\.1.*lower num_steps or last_logsnr"),
     ],
 )
-def test_steps_where_the_model_returns_its_input_are_refused(
-    run: RunConfig, sample: dict[str, Any], told: str
-) -> None:
+def test_steps_where_the_model_returns_its_input_are_refused(run: RunConfig, sample: dict[str, Any], told: str) -> None:
     objective = dataclasses.replace(SMALL, sigma_min=0.1)
     make_task(run, objective=objective)
     make_task(run, objective=objective, sample=dataclasses.replace(SAMPLE, steps="karras", last_logsnr=4.6))

@@ -122,6 +122,11 @@ def test_smaller_images_are_those_of_the_test_split_spread_evenly(run: RunConfig
     assert json.loads((folder / "samples.json").read_text())["images"] == inputs.images
     with pytest.raises(ValueError, match=r"num=25 .* the test split has 24"):
         choose_inputs(generator, run, num=25)
+    generator.condition.factor = 8
+    with pytest.raises(
+        ValueError, match=r"test has smaller images of 1/4 .* from 1/8: set tokenizer\.low_resolution=8"
+    ):
+        choose_inputs(generator, run, num=6)
 
 
 def test_files_of_smaller_images_take_turns(run: RunConfig, tmp_path: Path) -> None:
@@ -145,6 +150,8 @@ def test_what_does_not_fit_the_generator_is_refused(run: RunConfig, tmp_path: Pa
         choose_inputs(text, run, num=1, images=[tmp_path])
     with pytest.raises(ValueError, match=r"--label=1 has no effect beside prompts"):
         choose_inputs(text, run, num=1, prompts=["x"], label=1)
+    with pytest.raises(ValueError, match=r"has 30 tokens, but condition\.text\.length=24 leaves room for 23"):
+        choose_inputs(text, run, num=1, prompts=["fits", "x" * 30])
     with pytest.raises(ValueError, match="num=0 must be at least 1"):
         choose_inputs(plain, run, num=0)
     with pytest.raises(ValueError, match=r"set tokenizer\.low_resolution"):

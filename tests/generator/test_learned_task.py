@@ -52,7 +52,9 @@ def config(per: str, **changes: Any) -> DiffusionConfig:
     """That of a schedule; `told` is one of each channel that reads an image."""
     reads = per in ("pixel", "told")
     learned = LearnedScheduleConfig(
-        per="channel" if per == "told" else per, hidden=8, **({"channels": 8} if reads else {})  # type: ignore[arg-type]
+        per="channel" if per == "told" else per,
+        hidden=8,
+        **({"channels": 8} if reads else {}),  # type: ignore[arg-type]
     )
     kind: Any = "image" if reads else "class"
     settings: dict[str, Any] = {

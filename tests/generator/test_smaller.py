@@ -40,7 +40,7 @@ def test_a_file_of_either_size_makes_the_latents_of_the_image_enlarged(
     expected = tokenizer.to_latents(enlarge(small, 16)[:2])
     assert made.shape == (2, *tokenizer.latent_shape) and made.dtype == torch.float32
     assert torch.equal(made, expected.half().float())
-    assert torch.equal(enlarged_latents(tokenizer, small[:2]), made)
+    assert torch.equal(enlarged_latents(tokenizer, small[:2], factor=4), made)
 
 
 def test_files_that_do_not_fit_are_refused(tokenizer: Tokenizer, images: torch.Tensor, tmp_path: Path) -> None:
@@ -58,8 +58,8 @@ def test_files_that_do_not_fit_are_refused(tokenizer: Tokenizer, images: torch.T
 
 def test_pixels_that_do_not_fit_are_refused(tokenizer: Tokenizer, images: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"torch\.float32 \[3, 3, 16, 16\]: give uint8"):
-        enlarged_latents(tokenizer, images.float())
+        enlarged_latents(tokenizer, images.float(), factor=4)
     with pytest.raises(ValueError, match=r"have 4 x 8 pixels"):
-        enlarged_latents(tokenizer, images[:, :, :8, :4])
-    with pytest.raises(ValueError, match=r"have 32 x 32 pixels: give square ones of at most 16"):
-        enlarged_latents(tokenizer, torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+        enlarged_latents(tokenizer, images[:, :, :8, :4], factor=4)
+    with pytest.raises(ValueError, match=r"have 16 x 16 pixels, but this generator takes 4 x 4"):
+        enlarged_latents(tokenizer, images, factor=4)

@@ -57,6 +57,35 @@ def test_captions_of_the_data_must_be_there(tmp_path: Path) -> None:
     checked(*words, *folder)
 
 
+def test_another_runs_codes_must_have_the_captions(tmp_path: Path) -> None:
+    run, images = make_run(tmp_path), tmp_path / "images"
+    make_folder(images, {".": list(range(40))})
+    for level in range(40):
+        (images / f"{level:03d}.txt").write_text(f"level {level}")
+        (images / f"{level:03d}.tags").write_text(f"shade {level}")
+    config = str(write_yaml(tmp_path / "digits.yaml"))
+    folder = [f"--data.path={images}", "--data.source=folder"]
+    words = [f"--run.root={tmp_path}", "--run.name=borrower", f"--run.tokenizer={run.folder}", *folder]
+    texts = ["--diffusion.condition.kind=text", "--diffusion.condition.text.captions=data"]
+
+    def borrow(*more: str) -> None:
+        check_tokenizer(experiment(*words, *more, config=config))
+
+    def encode(*more: str) -> None:
+        lender = experiment(*folder, *more, config=config)
+        encode_images(run=run, data=lender.data, tokenizer=lender.tokenizer, device=setup(run))
+
+    encode()
+    borrow("--data.caption_column=txt")
+    with pytest.raises(ValueError, match=r"has other captions .* or none: .*--data\.caption_column=\.\.\."):
+        borrow("--data.caption_column=txt", *texts)
+    encode("--data.caption_column=tags")
+    with pytest.raises(ValueError, match=r"has other captions"):
+        borrow("--data.caption_column=txt", *texts)
+    encode("--data.caption_column=txt")
+    borrow("--data.caption_column=txt", *texts)
+
+
 def test_another_runs_codes_must_have_smaller_images(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     config = str(write_yaml(tmp_path / "digits.yaml"))

@@ -335,6 +335,28 @@ def test_without_labels_there_is_a_plain_grid(tmp_path: Path):
     assert not any("class" in image["alt"] for image in page.images)
 
 
+@pytest.mark.parametrize("labels", [True, False])
+def test_samples_of_texts_are_shown_with_them(tmp_path: Path, labels: bool):
+    folder = make_run(tmp_path / "zoo", labels=labels)
+    path = folder / "samples" / "diffusion" / "samples.json"
+    told = json.loads(path.read_text())
+    prompts = [EVIL, "a zebra", "", *(f"text {row}" for row in range(3, len(told["seeds"])))]
+    write_json(path, {**told, "prompts": prompts})
+    words = read(write_report(folder)).words
+    assert all(text in words for text in prompts) and "no text" in words
+    if not labels:
+        assert f"{EVIL} \u00b7 a zebra \u00b7 no text \u00b7 text 3" in words
+
+
+def test_the_sheet_of_restored_images_is_shown_among_the_samples(tmp_path: Path):
+    folder = make_run(tmp_path / "zoo")
+    name = "Latent diffusion: smaller images, samples and originals"
+    assert name not in {image["alt"] for image in read(write_report(folder)).images}
+    Image.new("RGB", (312, 1144), "green").save(folder / "eval" / "restored-diffusion.png")
+    page = read(write_report(folder))
+    assert name in {image["alt"] for image in page.images} and "spread evenly over the test images" in page.words
+
+
 @pytest.mark.parametrize(
     ("gone", "said"),
     [
