@@ -162,7 +162,14 @@ def _sidecars(root: Path, names: np.ndarray, suffix: str) -> list[str]:
     missing = next((path for path in texts if not path.is_file()), None)
     if missing:
         raise ValueError(f"data.caption_column={suffix}: {missing} is missing; every image needs a text file beside it")
-    return [path.read_text(encoding="utf-8").strip() for path in texts]
+    return [_sidecar(path) for path in texts]
+
+
+def _sidecar(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()  # some editors begin a file with a mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error}): save it as such") from error
 
 
 def list_torchvision(config: DataConfig, split: str) -> Listing:

@@ -146,6 +146,20 @@ def label_names(values: Iterable[Any]) -> tuple[str, ...]:
     return tuple(sorted(texts)) or tuple(str(number) for number in range(largest + 1))
 
 
+def caption_texts(values: Sequence[Any], column: str) -> list[str]:
+    """One caption for each value: a string as it is, of a list of strings each on a line of its own.
+
+    Raises:
+        ValueError: a value is neither.
+    """
+    lists = [[value] if isinstance(value, str) else value for value in values]
+    if not all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in lists):
+        raise ValueError(
+            f"data.caption_column={column}: not every row holds a string, or a list of such; choose another"
+        )
+    return ["\n".join(texts) for texts in lists]
+
+
 def digest(*parts: bytes | str | np.ndarray) -> str:
     """sha256 over the parts, each with its length."""
     total = hashlib.sha256()

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from engine.config import DataConfig
 from engine.images import Listing
-from engine.splits import digest, encode_labels, held_out, label_names, split_files
+from engine.splits import caption_texts, digest, encode_labels, held_out, label_names, split_files
 
 ROW_GROUP_BYTES = 1 << 30
 IMAGE_NAMES = ("image", "img", "jpg", "png", "picture")
@@ -103,9 +103,7 @@ def list_rows(columns: Columns, facts: pa.Table, train_facts: pa.Table | None, r
         labels = encode_labels(values, names, f"column {columns.label}")
     captions = None
     if columns.caption is not None:
-        captions = facts.column(columns.caption).to_pylist()
-        if not all(isinstance(caption, str) for caption in captions):
-            raise ValueError(f"data.caption_column={columns.caption}: not every row holds a string; choose another")
+        captions = caption_texts(facts.column(columns.caption).to_pylist(), columns.caption)
     return Listing(
         labels=labels,
         class_names=names,

@@ -13,7 +13,7 @@ import numpy as np
 
 from engine.config import DataConfig
 from engine.images import Listing
-from engine.splits import IMAGE_SUFFIXES, digest, encode_labels, held_out, label_names, split_files
+from engine.splits import IMAGE_SUFFIXES, caption_texts, digest, encode_labels, held_out, label_names, split_files
 
 
 class Member(NamedTuple):
@@ -59,7 +59,9 @@ def _listing(
     places = np.array([sample.members[sample.image] for sample in samples], np.int64).reshape(len(samples), 3)
     captions = None
     if config.caption_column:
-        captions = [str(v) for v in _values(shards, samples, config.caption_column, "caption_column", ()) or ()]
+        values = _values(shards, samples, config.caption_column, "caption_column", ()) or []
+        words = [str(value) if isinstance(value, int) else value for value in values]  # a text of digits is a number
+        captions = caption_texts(words, config.caption_column)
 
     def read(index: int) -> bytes:
         shard, offset, size = places[index].tolist()

@@ -24,9 +24,9 @@ class AlignConfig:
     first_logsnr: float | None = None
     """Log SNR at which sampling starts; absent: that of `sample`."""
     last_logsnr: float = 7.0
-    """Log SNR at which the last step ends for the bound; a solver goes on to clean latents. The bound weighs noise by
-    its inverse cube, so that what lies below the noise that a decoder shows would decide all else. Latents have unit
-    deviation; the paper ended those of Stable Diffusion here too, at noise 0.03, and only pixel models near 10."""
+    """Log SNR at which the last step ends for the bound; a solver goes on to clean latents. That of `sample` will not
+    do: the bound counts noise t by t^-3, so that an end at 10 draws the levels to noise that no decoder shows. 7 is
+    noise 0.03, at which the paper ended Stable Diffusion, whose latents have unit deviation like these."""
     candidates: int = 11
     """Places that are tried for a level in turn, its own among them: an odd number."""
     max_sweeps: int = 30
@@ -101,7 +101,7 @@ def _check_start(align: AlignConfig, first: float) -> None:
     """Raise ValueError if steps even in cosine time, which have no end of their own, stop beyond that of the last."""
     if align.start != "cosine":
         return
-    highest = -2 * math.log(math.tan(math.atan(math.exp(-first / 2)) / align.num_steps))
+    highest = -2 * math.log(math.tan(math.atan2(1, math.exp(first / 2)) / align.num_steps))
     if not highest < align.last_logsnr:
         raise ValueError(
             f"diffusion.align.start=cosine stops at log SNR {highest:.6g} with num_steps={align.num_steps}, not below"

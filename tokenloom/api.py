@@ -98,6 +98,8 @@ def stream(
 def _condition(generator: Any, tokenizer: Tokenizer, seeds: Sequence[int], **given: Any) -> Any:
     """What is given of labels, prompts and images, as the generator takes it."""
     wanted = {"class": "labels", "text": "prompts", "image": "images"}[generator.condition.kind]
+    if isinstance(given["prompts"], str):
+        raise ValueError(f"prompts={given['prompts']!r} is one text: give a list, with one for each seed")
     for name, values in given.items():
         if values is not None and name != wanted:
             raise ValueError(f"{name} were given, but this generator was trained on {wanted}: give those")

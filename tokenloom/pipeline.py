@@ -37,7 +37,7 @@ from tokenizer.smaller import check_factor
 from tokenloom.dry_run import ASSUMED_CLASSES, build_stages, encoded_splits
 from tokenloom.experiment import Experiment
 from tokenloom.report import write_report
-from tokenloom.steps_judge import open_judge
+from tokenloom.steps_judge import check_judge, open_judge
 
 
 def run_all(experiment: Experiment, device: Device) -> Path | None:
@@ -82,6 +82,7 @@ def check(experiment: Experiment, device: Device) -> None:
     check_samplings(experiment.eval, families, classes=classes, run=experiment.run.folder)
     for _, family, config in samplings(experiment.eval, families):
         check_sampling_precision(family, config.sample.precision, device.device)
+    check_judge(experiment)
     judge.check(data=experiment.data, eval=experiment.eval, device=device)
 
 

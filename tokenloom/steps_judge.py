@@ -39,6 +39,13 @@ class FrechetJudge:
         return self.to_reference(Moments.of(features).gaussian())
 
 
+def check_judge(experiment: Experiment) -> None:
+    """Raise now the ValueError that `open_judge` would raise once the network is trained."""
+    align = experiment.diffusion and experiment.diffusion.align
+    if align and align.probe_images:
+        _open_extractor(experiment, align)
+
+
 def open_judge(experiment: Experiment, device: Device) -> FrechetJudge:
     """The judge that diffusion.align names; what it sees in the training images is kept for the scores, too.
 
@@ -49,10 +56,16 @@ def open_judge(experiment: Experiment, device: Device) -> FrechetJudge:
     """
     assert experiment.diffusion is not None
     align = experiment.diffusion.align or AlignConfig()
-    extractor = open_features(align.probe_features, inception_weights=experiment.eval.inception_weights)
-    extractor = extractor.to(device.device)
+    extractor = _open_extractor(experiment, align).to(device.device)
     pictures = training_pictures(open_images(experiment.data, "train"))
     cache, size = cache_of(experiment.run, experiment.eval), experiment.eval.batch_size
     seen = extract([extractor], pictures, cache=cache, device=device, batch_size=size, title="steps/training images")
     tokenizer = load_tokenizer(experiment.run.tokenizer_folder).to(device.device)
     return FrechetJudge(tokenizer, extractor, gaussian(seen.outputs[extractor.name]), num=align.probe_images)
+
+
+def _open_extractor(experiment: Experiment, align: AlignConfig) -> Extractor:
+    try:
+        return open_features(align.probe_features, inception_weights=experiment.eval.inception_weights)
+    except ValueError as error:
+        raise ValueError(f"diffusion.align.probe_features={align.probe_features}: {error}") from error

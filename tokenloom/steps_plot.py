@@ -83,7 +83,10 @@ def _draw_descent(axes: Axes, told: dict[str, Any]) -> None:
         other.spines["top"].set_visible(False)
         more = other.get_legend_handles_labels()
         lines, labels = lines + more[0], labels + more[1]
-    axes.legend(lines, labels, fontsize=8, frameon=False)
+    # Below the panel: inside, some line may always run.
+    axes.legend(
+        lines, labels, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3
+    )  # fmt: skip
 
 
 def _plain(axes: Axes) -> None:

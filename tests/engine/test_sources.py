@@ -84,8 +84,11 @@ def test_text_files_beside_images_are_captions(tmp_path):
     settings = config("folder", tmp_path, caption_column="txt", test_fraction=0.0)
     with pytest.raises(ValueError, match=r"002\.txt is missing"):
         open_images(settings, "train")
-    (tmp_path / "002.txt").write_text("two")
-    assert open_images(settings, "train").captions == ["one", "two"]
+    (tmp_path / "002.txt").write_bytes("\ufeffd\u00f6s\ntwo".encode())
+    assert open_images(settings, "train").captions == ["one", "d\u00f6s\ntwo"]
+    (tmp_path / "002.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"002\.txt is no UTF-8 text"):
+        open_images(settings, "train")
 
 
 def test_a_changed_file_changes_the_identity(tmp_path):

@@ -46,12 +46,17 @@ def test_parquet_by_glob_with_a_held_out_fraction(tmp_path):
 
 
 def test_parquet_with_plain_columns_and_captions(tmp_path):
-    pictures = pa.table({"photo": [grey(1), grey(2)], "kind": ["b", "a"], "text": ["one", "two"]})
+    pictures = pa.table(
+        {"photo": [grey(1), grey(2)], "kind": ["b", "a"], "text": ["one", "two"], "texts": [["1", "one"], ["2"]]}
+    )
     pq.write_table(pictures, tmp_path / "t.parquet")
     columns = {"image_column": "photo", "label_column": "kind", "caption_column": "text"}
     images = open_images(config("parquet", tmp_path / "t.parquet", test_fraction=0.0, **columns), "train")
     assert images.class_names == ("a", "b") and images.labels.tolist() == [1, 0] and images.captions == ["one", "two"]
     assert levels(images) == [1, 2]
+    columns["caption_column"] = "texts"
+    several = open_images(config("parquet", tmp_path / "t.parquet", test_fraction=0.0, **columns), "train")
+    assert several.captions == ["1\none", "2"]
 
 
 def test_parquet_test_labels_use_the_training_classes(tmp_path):

@@ -1,6 +1,7 @@
 """WebDataset shards: members, labels, splits and messages."""
 
 import io
+import json
 import sys
 import tarfile
 from pathlib import Path
@@ -50,6 +51,21 @@ def test_tar_labels_from_json_fields(tmp_path):
     named = open_images(config("webdataset", path, label_column="kind", test_fraction=0.0), "train")
     assert named.class_names == ("emu", "owl") and named.labels.tolist() == [1, 0]
     assert open_images(config("webdataset", path, test_fraction=0.0), "train").labels.tolist() == [3, 0]
+
+
+def test_captions_of_tars_are_texts_or_lists_of_them(tmp_path):
+    def told(*captions) -> list[str] | None:
+        samples = {
+            str(n): {"png": grey(n), "json": json.dumps({"text": text}).encode()} for n, text in enumerate(captions)
+        }
+        make_tar(tmp_path / "train.tar", samples)
+        settings = config("webdataset", tmp_path / "train.tar", caption_column="text", test_fraction=0.0)
+        return open_images(settings, "train").captions
+
+    assert told("a cat", ["one", "two"], 7) == ["a cat", "one\ntwo", "7"]
+    for wrong in (None, {"en": "a cat"}, ["a cat", None]):
+        with pytest.raises(ValueError, match=r"data\.caption_column=text: not every row holds a string"):
+            told("a cat", wrong)
 
 
 def test_tar_range_with_a_held_out_fraction(tmp_path):

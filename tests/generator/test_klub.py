@@ -123,6 +123,21 @@ def test_the_best_stop_of_a_gaussian_triple_is_found(end: float, start: float, c
     assert math.exp(-stops[1] / 2) == pytest.approx(formula, rel=1e-3)
 
 
+def test_the_estimate_has_its_best_stop_where_the_closed_form_has_it() -> None:
+    """Without the normaliser all stops of Gaussian data would be alike."""
+    end, start, c = 0.1, 0.5, 0.5
+    chosen, denoise = draws(2000, c, (2, 8, 8)), gaussian_denoise(c)
+
+    def cost(here: float, there: float) -> float:
+        anchor = anchors(denoise, chosen[0], chosen[1], here)
+        return float(step_bounds(denoise, anchor, chosen, start=here, end=there, sigma_data=c).mean())
+
+    stops = [logsnr(start), logsnr(0.4), logsnr(end)]
+    for _ in range(8):
+        stops = sweep(stops, cost, [1], candidates=9)
+    assert math.exp(-stops[1] / 2) == pytest.approx(0.200625, rel=1e-3)
+
+
 def test_the_bound_never_rises_and_ends_at_a_schedule_that_is_useless_for_sampling() -> None:
     """KLUB-optimal is not KL-optimal: all levels but the first crowd at low noise (why the descent ends early)."""
     roots = torch.linspace(80 ** (1 / 7), 0.002 ** (1 / 7), 11, dtype=torch.float64)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from generator.config import DiffusionSampleConfig, FixedScheduleKind, MixedScheduleConfig, ScheduleConfig
 from generator.path import cosine_time, flow_time, noise_to_signal
-from generator.published_steps import PUBLISHED
+from generator.published_steps import PUBLISHED, published_stops
 from generator.schedule import build_schedule
 from generator.steps import STEPS, along, solver_levels
 
@@ -121,6 +121,7 @@ SDXL_IN_20 = [
 def test_published_steps_are_those_of_the_paper_without_the_end(kind: str) -> None:
     noise = noise_to_signal(solver_levels(kind, 10, first=-10.0, last=10.0)).tolist()
     assert noise == pytest.approx(TABLE[kind][:10], rel=1e-9)
+    assert math.exp(-published_stops(kind)[10] / 2) == pytest.approx(TABLE[kind][10])  # which more steps lead up to
 
 
 def test_more_steps_of_a_published_schedule_are_interpolated_in_the_logarithm() -> None:

@@ -53,3 +53,8 @@ def test_a_snapshot_of_the_training_is_asked_for_by_its_step(tmp_path: Path) -> 
     assert model.fingerprint != tokenloom.load_generator(folder, "diffusion").fingerprint
     with pytest.raises(ValueError, match="no snapshot of step 15: there are those of steps 10, 20"):
         tokenloom.sample(folder, "diffusion", labels=[3], seeds=[0], snapshot=15)
+
+
+def test_one_text_is_no_list_of_texts(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"prompts='ab' is one text: give a list"):
+        tokenloom.sample(make_run(tmp_path).folder, "diffusion", prompts="ab", seeds=[0, 1])

@@ -131,6 +131,15 @@ def test_steps_that_will_not_come_are_named_before_training(root: Path) -> None:
         pipeline.check(without, setup(without.run))
 
 
+def test_a_judge_that_cannot_be_had_is_named_before_training(root: Path) -> None:
+    align = {**CONTENT["diffusion"]["align"], "probe_features": "timm:resnet18:nowhere.pt:64"}
+    lacking = experiment(root, align=align)
+    with pytest.raises(ValueError, match=r"diffusion\.align\.probe_features=timm:resnet18:nowhere\.pt:64: .*nowhere"):
+        pipeline.check(lacking, setup(lacking.run))
+    unprobed = {key: value for key, value in align.items() if key != "probe_features"} | {"probe_images": 0}
+    pipeline.check(experiment(root, align=unprobed), setup(lacking.run))
+
+
 def test_an_export_takes_the_steps_along(root: Path, tmp_path: Path) -> None:
     out = export(root / "steps", tmp_path / "out")
     assert (out / "diffusion" / "steps.json").read_bytes() == steps_file(root).read_bytes()
