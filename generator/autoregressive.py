@@ -60,6 +60,10 @@ class VIM(nn.Module):
         self.position_embedding = nn.Embedding(length, width)
         # Row 0 belongs to the condition, which lies nowhere, and stays 0; row t belongs to the place of code t - 1.
         self.source_embedding = nn.Embedding(length + 1, width, padding_idx=0) if random_order else None
+        # Tokens of a text that mean nothing yet are noise, which the encoder would learn to silence, and its words with
+        # it: so the leading ones begin at zero, and the summary is mapped like a label.
+        self.gate = None if text is None else nn.Parameter(torch.zeros(width))
+        self.summary = None if text is None else nn.Linear(width, width)
         self.dropout = Dropout(model.dropout)
         self.blocks = nn.ModuleList(
             Block(width, heads, mlp_ratio=model.mlp_ratio, dropout=model.dropout, modern=modern) for _ in range(depth)
@@ -130,8 +134,9 @@ class VIM(nn.Module):
         """The tokens of a condition, [B, 1, D] of labels or [B, L, D] of texts."""
         if self.label_embedding is not None:
             return self.label_embedding(condition)[:, None]
-        assert self.text is not None
-        return self.text(condition)
+        assert self.text is not None and self.summary is not None and self.gate is not None
+        tokens = self.text(condition)  # [B, L, D]
+        return torch.cat([tokens[:, :-1] * self.gate, self.summary(tokens[:, -1:])], dim=1)
 
     def _initialise(self) -> None:
         """As GPT-2: N(0, 0.02), and 1/sqrt(2 depth) of it for the layers that write to the residual stream."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from generator import sample as sampling
 from generator import train as generating
 from generator.align import align_steps
 from generator.aligned_steps import read_aligned
-from generator.condition_config import ConditionConfig
+from generator.captions import encode_texts
+from generator.condition_config import ConditionConfig, TextConfig, class_words
 from generator.config import AutoregressiveConfig, DiffusionConfig
 from tokenizer import encode as encoding
 from tokenizer import train as tokenizing
@@ -103,7 +104,16 @@ def check_conditions(experiment: Experiment, train_set: ImageSet) -> None:
                 f"{family}.condition.text.captions=data, but the images have no captions: set data.caption_column, or"
                 " captions=templates"
             )
+        if condition.kind == "text" and condition.text.captions == "templates":
+            _check_templates(condition.text, train_set.class_names)
     check_enough_test(experiment.eval, experiment.diffusion, open_images(experiment.data, "test"))
+
+
+def _check_templates(config: TextConfig, class_names: Sequence[str]) -> None:
+    """Raise ValueError unless there are classes, and their names fit into all templates, the held-out ones too."""
+    words = [word for each in class_words(config, class_names) for word in each]
+    templates = (*config.templates, *config.held_out)
+    encode_texts(config, [template.replace("{}", word) for template in templates for word in words], whole=True)
 
 
 def _reads_captions(condition: ConditionConfig) -> bool:

@@ -23,6 +23,7 @@ from generator.autoregressive import VIM, Autoregressive, build_network
 from generator.autoregressive_task import AutoregressiveTask
 from generator.captions import encode_texts
 from generator.card import generator_card
+from generator.condition import preview_rows
 from generator.condition_config import ConditionConfig, TextConfig
 from generator.config import AutoregressiveConfig, AutoregressiveModelConfig, AutoregressiveSampleConfig, OrderConfig
 from generator.decoding import choose, decode, guidance_at, seeded_uniforms, stream
@@ -38,6 +39,7 @@ from gpt2 import vim_from_gpt2
 MODEL = AutoregressiveModelConfig(preset="tiny", depth=2, width=32, heads=4, dropout=0.0)
 VOCAB, LENGTH, GRID, WORDS, L = 11, 8, (2, 4), 20, 5
 TEXTS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 0, 0], [5, 3, 0, 0, 0]])
+OF_TEXT = ("text.", "gate", "summary.")
 BLOCKS = pytest.mark.parametrize("block", ["vim", "modern"])
 
 
@@ -65,6 +67,7 @@ def vim(block: Any = "vim", *, length: int = L, **options: Any) -> VIM:
     for parameter in network.parameters():
         parameter.data.mul_(8 if parameter.ndim == 2 else 1)
     network.text.table.weight.data.div_(8)  # these began at 1, not at 0.02
+    torch.nn.init.normal_(network.gate)  # which begins at zero
     return network.requires_grad_(False)
 
 
@@ -88,7 +91,8 @@ def test_a_text_of_one_token_is_a_label(codes: Tensor) -> None:
     told = vim(length=1)
     weights = labelled.state_dict()
     weights["text.table.weight"] = weights.pop("label_embedding.weight")
-    told.load_state_dict(weights)
+    as_it_is = {"summary.weight": torch.eye(32), "summary.bias": torch.zeros(32)}
+    told.load_state_dict(weights | as_it_is | {"gate": torch.zeros(32)})
     labels = torch.tensor([4, 0, 7])
     assert torch.equal(told(codes, labels[:, None]), labelled(codes, labels))
 
@@ -108,7 +112,9 @@ def test_the_tokens_of_a_text_lead_the_codes_as_a_prompt_does_in_gpt2(codes: Ten
     ours, weights = vim(), vim_from_gpt2(theirs, LENGTH).state_dict()
     del weights["label_embedding.weight"]
     ours.load_state_dict(weights | {"position_embedding.weight": places[L - 1 :], **_text_weights(ours)})
-    inputs = torch.cat([ours.text(TEXTS), theirs.transformer.wte(codes[:, :-1])], dim=1)
+    tokens = ours.text(TEXTS)
+    prompt = torch.cat([tokens[:, :-1] * ours.gate, ours.summary(tokens[:, -1:])], dim=1)
+    inputs = torch.cat([prompt, theirs.transformer.wte(codes[:, :-1])], dim=1)
     with torch.no_grad():
         expected = theirs(inputs_embeds=inputs).logits[:, L - 1 :]
     assert expected.std() > 0.5
@@ -116,13 +122,15 @@ def test_the_tokens_of_a_text_lead_the_codes_as_a_prompt_does_in_gpt2(codes: Ten
 
 
 def _text_weights(network: VIM) -> dict[str, Tensor]:
-    return {name: weight for name, weight in network.state_dict().items() if name.startswith("text.")}
+    return {name: weight for name, weight in network.state_dict().items() if name.startswith(OF_TEXT)}
 
 
 def test_a_text_has_no_label_and_a_label_no_text() -> None:
     told, labelled = vim(), VIM(MODEL, vocab_size=VOCAB, length=LENGTH, num_classes=3)
     assert set(labelled.state_dict()) - set(told.state_dict()) == {"label_embedding.weight"}
-    assert set(told.state_dict()) - set(labelled.state_dict()) == {"text.table.weight"}
+    assert set(told.state_dict()) - set(labelled.state_dict()) == {
+        "text.table.weight", "gate", "summary.weight", "summary.bias",
+    }  # fmt: skip
     assert (told.leading, labelled.leading) == (L - 1, 0)
 
 
@@ -194,7 +202,7 @@ def test_only_codes_are_turned_and_placed(codes: Tensor, order: Tensor) -> None:
         x, (cos, sin) = network._begin(codes[:, :-1], TEXTS, target, source)
         assert x.shape == (3, L - 1 + LENGTH, 32) and cos.shape[-2] == L - 1 + LENGTH
         assert (cos[..., : L - 1, :] == 1).all() and (sin[..., : L - 1, :] == 0).all()
-        assert torch.equal(x[:, : L - 1], network.text(TEXTS)[:, :-1])
+        assert torch.equal(x[:, : L - 1], network.text(TEXTS)[:, :-1] * network.gate)
 
 
 @BLOCKS
@@ -508,7 +516,8 @@ def test_training_reads_the_texts_of_its_source_and_validation_those_of_the_test
     assert torch.equal(task.read(batch, None), encode_texts(TEXT, ["train 4", "train 30"]))
     held_out = torch.cat([condition for _, condition in task._test_batches()])
     assert torch.equal(held_out, encode_texts(TEXT, [f"test {row}" for row in range(24)]))
-    assert torch.equal(task._preview_rows(), encode_texts(TEXT, [f"test {3 * k // 2}" for k in range(16)]))
+    shown = preview_rows(task.condition, task.read_test, test_shards, 16)
+    assert torch.equal(shown, encode_texts(TEXT, [f"test {3 * k // 2}" for k in range(16)]))
 
 
 @BLOCKS
@@ -517,7 +526,7 @@ def test_a_trained_generator_follows_its_text_and_is_rebuilt_from_its_card(run: 
     generator, prompts = learned(task), ["a photo of a a", "a photo of a b", "a photo of a c"]
     codes = task.test_shards.load(torch.arange(3).numpy())["codes"]
     right = generator.nll(codes, prompts)
-    assert (right < generator.nll(codes, prompts[1:] + prompts[:1]) - 1).all()
+    assert (right < generator.nll(codes, prompts[1:] + prompts[:1]) - 0.5).all()
     assert (right < generator.nll(codes, None)).all()
     again = Autoregressive.from_card(generator.card, generator.network.state_dict())
     told = generator.sample(prompts, [1, 2, 3], guidance=2.0)
@@ -568,4 +577,5 @@ def test_a_network_of_texts_is_counted_without_being_computed() -> None:
     assert network.leading == 31
     codes, ids = torch.zeros(1, LENGTH, dtype=torch.int64), torch.zeros(1, 32, dtype=torch.int64)
     blocks = 2 * (31 + LENGTH) * (2 * 12 * 32**2 + 4 * (31 + LENGTH) * 32)
-    assert forward_flops(network, codes, ids) == blocks + 2 * LENGTH * 32 * VOCAB + forward_flops(network.text, ids)
+    ends = 2 * 32**2 + 2 * LENGTH * 32 * VOCAB  # the map of the summary, and the head
+    assert forward_flops(network, codes, ids) == blocks + ends + forward_flops(network.text, ids)

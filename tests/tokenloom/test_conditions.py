@@ -57,6 +57,22 @@ def test_captions_of_the_data_must_be_there(tmp_path: Path) -> None:
     checked(*words, *folder)
 
 
+def test_class_names_must_fit_into_all_templates(tmp_path: Path) -> None:
+    texts = ["--diffusion.condition.kind=text", "--diffusion.condition.text.length=8"]
+    with pytest.raises(ValueError, match=r"'picture of 0' has 12 tokens, .* leaves room for 7"):
+        checked(
+            *texts,
+            "--diffusion.condition.text.templates=['{}']",
+            "--diffusion.condition.text.held_out=['picture of {}']",
+        )
+    checked(*texts, "--diffusion.condition.text.templates=['{}']", "--diffusion.condition.text.held_out=['see {}']")
+    make_folder(tmp_path, {".": list(range(10))})
+    with pytest.raises(
+        ValueError, match=r"captions=templates puts class names into templates, but .* knows no classes"
+    ):
+        checked(*texts[:1], "--data.source=folder", f"--data.path={tmp_path}", "--eval.num_samples=20")
+
+
 def test_another_runs_codes_must_have_the_captions(tmp_path: Path) -> None:
     run, images = make_run(tmp_path), tmp_path / "images"
     make_folder(images, {".": list(range(40))})
