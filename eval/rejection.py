@@ -156,7 +156,12 @@ def sample_accepted(
 
 
 def check_conditional(generator: Any) -> None:
-    """Raise ValueError if a generator has no classes."""
+    """Raise ValueError if a generator has no classes, or restores images, of which each is asked for once."""
+    if generator.condition.kind == "image":
+        raise ValueError(
+            "rejection sampling keeps the best of each class, but this generator restores one image after the other"
+            " (diffusion.condition.kind=image): leave the acceptance out"
+        )
     if not generator.num_classes:
         raise ValueError(
             f"rejection sampling keeps what a classifier takes for the asked class, but {generator.family} was trained "

@@ -244,5 +244,5 @@ def check_guidance(family: str, guidance: float, *, guidable: bool, label_dropou
     if guidance != 1 and not (guidable and label_dropout):
         raise ValueError(
             f"{family}.sample.guidance={guidance} compares a condition with none, but this generator learned only one"
-            f" of them: use guidance=1, or train on labels with {family}.model.label_dropout above 0"
+            f" of them: use guidance=1, or train on classes, texts or images with {family}.model.label_dropout above 0"
         )
