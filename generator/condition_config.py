@@ -9,7 +9,7 @@ from typing import Literal
 from generator.checks import check_at_least, check_choices, check_finite
 
 # Keys of a text and the choice that reads them; the others are read by all.
-OF_ENCODER: dict[str, tuple[str, ...]] = {"depth": ("bytes",), "path": ("clip", "t5")}
+OF_ENCODER: dict[str, tuple[str, ...]] = {"depth": ("bytes",), "width": ("bytes",), "path": ("clip", "t5")}
 OF_CAPTIONS: dict[str, tuple[str, ...]] = {
     "templates": ("templates",), "held_out": ("templates",), "names": ("templates",), "varied_words": ("templates",),
 }  # fmt: skip
@@ -27,6 +27,9 @@ class TextConfig:
     padded."""
     depth: int = 2
     """Blocks of the transformer over bytes."""
+    width: int = 128
+    """Its channels, whatever the width of the network that reads the text: a wider one, trained at the network's rate,
+    may fall silent before its words are of use."""
     captions: Literal["templates", "data"] = "templates"
     """Where the texts of training come from: class names in templates, or the captions of the data set
     (data.caption_column), of which each line is one text."""
@@ -48,6 +51,7 @@ class TextConfig:
         check_finite("condition.text", self)
         check_at_least("condition.text.length", self.length, 2)
         check_at_least("condition.text.depth", self.depth, 1)
+        check_at_least("condition.text.width", self.width, 1)
         if not 0 <= self.varied_words < 1:
             raise ValueError(f"condition.text.varied_words={self.varied_words} must lie in [0, 1)")
         self._refuse_idle_keys()

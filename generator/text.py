@@ -26,11 +26,12 @@ class ByteEncoder(nn.Module):
     Padding comes out as one learned vector, so that whoever reads the tokens needs no mask.
 
     Args:
-        width: D, that of the network that reads the tokens.
+        width: channels of the encoder.
         length: L, of which the last place belongs to the summary.
+        out: D, the width of the network that reads the tokens; absent: `width`.
     """
 
-    def __init__(self, *, width: int, length: int, depth: int) -> None:
+    def __init__(self, *, width: int, length: int, depth: int, out: int | None = None) -> None:
         super().__init__()
         self.length = length
         self.bytes = nn.Embedding(SYMBOLS, width)
@@ -40,6 +41,7 @@ class ByteEncoder(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads_of(width)) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.padding = nn.Parameter(torch.zeros(width))
+        self.widen = nn.Identity() if out in (None, width) else nn.Linear(width, out or width)
         self.initialize()
 
     def initialize(self) -> None:
@@ -63,7 +65,7 @@ class ByteEncoder(nn.Module):
         for block in self.blocks:
             x = block(x)  # [B, L, D]
         padded = F.pad(ids[:, :-1] == 0, (0, 1))  # [B, L]; the summary is none
-        return torch.where(padded[..., None], self.padding, self.norm(x))
+        return self.widen(torch.where(padded[..., None], self.padding, self.norm(x)))  # [B, L, D]
 
 
 def heads_of(width: int) -> int:
@@ -78,5 +80,5 @@ def build_text_encoder(config: TextConfig, width: int) -> nn.Module:
         ValueError: the weights of a frozen encoder, or the library that reads them, are missing.
     """
     if config.encoder == "bytes":
-        return ByteEncoder(width=width, length=config.length, depth=config.depth)
+        return ByteEncoder(width=config.width, length=config.length, depth=config.depth, out=width)
     return PretrainedText(config, width)

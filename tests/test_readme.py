@@ -13,7 +13,8 @@ from tokenloom.study_config import load_study
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 OWN_OPTIONS = {"--only": 1, "--num": 1, "--label": 1, "--seed": 1, "--out": 1, "--decoder": 1, "--dry-run": 0}
-OWN_OPTIONS |= {"--seeds": 1, "--report-only": 0, "--acceptance": 1, "--stream": 0, "--npz": 1, "--prompt": 1, "--image": 1}
+OWN_OPTIONS |= {"--seeds": 1, "--report-only": 0, "--acceptance": 1, "--stream": 0, "--npz": 1}
+OWN_OPTIONS |= {"--prompt": 1, "--image": 1}
 
 
 def commands() -> list[list[str]]:

@@ -453,7 +453,7 @@ def test_what_a_text_costs() -> None:
 # The autoregressive generator and its training
 
 TEMPLATES = ("{}", "a photo of a {}", "an image of the {}", "one {}")
-TEXT = TextConfig(length=24, depth=1, templates=TEMPLATES, held_out=("this is a {}",))
+TEXT = TextConfig(length=24, depth=1, width=32, templates=TEMPLATES, held_out=("this is a {}",))
 TOLD = AutoregressiveConfig(
     model=dataclasses.replace(MODEL, label_dropout=0.5),
     condition=ConditionConfig(kind="text", text=TEXT),
