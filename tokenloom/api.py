@@ -104,7 +104,7 @@ def _condition(generator: Any, tokenizer: Tokenizer, seeds: Sequence[int], **giv
         if values is not None and name != wanted:
             raise ValueError(f"{name} were given, but this generator was trained on {wanted}: give those")
         if values is not None and len(values) != len(seeds):
-            raise ValueError(f"{name} has {len(values)} entries, seeds {len(seeds)}: give one for each")
+            raise ValueError(f"{name} has {len(values)} entries, seeds {len(seeds)}: give one for each seed")
     values = given[wanted]
     if values is None or wanted == "prompts":
         return None if values is None else list(values)

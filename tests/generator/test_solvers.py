@@ -148,7 +148,7 @@ def test_ddpm_draws_from_the_posterior() -> None:
 @pytest.mark.parametrize(("solver", "eta"), SETTINGS)
 def test_a_constant_denoiser_is_solved_exactly(solver: str, eta: float) -> None:
     answer = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
-    for steps, num_steps in itertools.product(STEPS, (1, 2, 9)):
+    for steps, num_steps in itertools.product(STEPS.keys() - {"aligned"}, (1, 2, 9)):  # which are a model's own
         levels, noise = grid(steps, num_steps), SampleNoise([0, 1], (3, 4))
         end = solve(lambda z, logsnr: answer, noise, levels, solver=solver, eta=eta)
         assert end.dtype == torch.float32

@@ -103,7 +103,7 @@ def test_the_python_interface_draws_what_a_seed_says(run: Path, family: str) -> 
     assert images.shape == (3, 3, 16, 16) and images.dtype == torch.uint8
     again = tokenloom.sample(run, family, labels=[7], seeds=[1])
     assert (images[1].int() - again[0].int()).abs().max() <= 1
-    with pytest.raises(ValueError, match="one label for each seed"):
+    with pytest.raises(ValueError, match="labels has 1 entries, seeds 2: give one for each seed"):
         tokenloom.sample(run, family, labels=[3], seeds=[0, 1])
 
 
