@@ -26,7 +26,7 @@ Reader = Callable[[Mapping[str, Tensor], Tensor | None], Tensor]
 
 
 class Condition(Protocol):
-    """One kind of condition."""
+    """One kind of condition; what all kinds do alike is written here."""
 
     kind: str
     guidable: bool
@@ -53,20 +53,11 @@ class Condition(Protocol):
 
     def drop(self, rows: Tensor, dropped: Tensor) -> Tensor:
         """Rows [B, ...] with null where `dropped`, boolean [B]."""
-
-
-class _Dropping:
-    """What all kinds do alike."""
-
-    def drop(self, rows: Tensor, dropped: Tensor) -> Tensor:
         null = self.null(1).to(rows.device)  # [1, ...]
         return torch.where(dropped.reshape(-1, *(1,) * (rows.ndim - 1)), null, rows)
 
-    def null(self, count: int) -> Tensor:
-        raise NotImplementedError
 
-
-class ClassCondition(_Dropping):
+class ClassCondition(Condition):
     """A label in 0 .. num_classes - 1; num_classes is null. Without classes every label is null."""
 
     kind, draws = "class", False
@@ -88,7 +79,7 @@ class ClassCondition(_Dropping):
         return read
 
 
-class TextCondition(_Dropping):
+class TextCondition(Condition):
     """A text as token ids [L]; those of the empty text are null."""
 
     kind, draws, guidable = "text", True, True
@@ -123,7 +114,7 @@ class TextCondition(_Dropping):
         return Captions(self.config, self.class_names, source)
 
 
-class ImageCondition(_Dropping):
+class ImageCondition(Condition):
     """Latents [C, h, w] of the image made smaller by a factor, and enlarged again; zeros are null."""
 
     kind, draws, guidable = "image", False, True
