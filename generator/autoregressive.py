@@ -26,14 +26,14 @@ class VIM(nn.Module):
     """A condition and the codes before t predict code t.
 
     The condition is a label, int64 [B], of which the last is null, for images of no known class; or a text, token ids
-    int64 [B, L]. A label is one token; of a text's L tokens the last, its summary, stands where a label would, and the
+    int64 [B, L]. A label is one token; of a text's N tokens the last, its summary, stands where a label would, and the
     others lead it: they predict nothing and lie nowhere. Positions are learned; the modern block turns queries and keys
     besides, by row and column.
 
     Args:
         grid: rows and columns of cells, which share the `length` codes evenly; needed by the modern block alone.
         random_order: also learn where the newest code lies, to train in orders other than the raster.
-        text: turns ids [B, L] into tokens [B, L, D], with L as its `length`; without one, conditions are labels.
+        text: turns ids [B, L] into tokens [B, N, D], with N as its `num_tokens`; without one, conditions are labels.
 
     Raises:
         ValueError: the modern block without a grid.
@@ -61,7 +61,8 @@ class VIM(nn.Module):
         # Row 0 belongs to the condition, which lies nowhere, and stays 0; row t belongs to the place of code t - 1.
         self.source_embedding = nn.Embedding(length + 1, width, padding_idx=0) if random_order else None
         # Tokens of a text that mean nothing yet are noise, which the encoder would learn to silence, and its words with
-        # it: so the leading ones begin at zero, and the summary is mapped like a label.
+        # it: so the summary is mapped like a label, and the leading tokens begin as copies of it. Beginning at zero,
+        # they had a gradient that the norm of every block enlarged: a billion times in eight blocks.
         self.gate = None if text is None else nn.Parameter(torch.zeros(width))
         self.summary = None if text is None else nn.Linear(width, width)
         self.dropout = Dropout(model.dropout)
@@ -72,8 +73,8 @@ class VIM(nn.Module):
         self.head = nn.Linear(width, vocab_size, bias=False)
         self._initialise()
         self.text = text  # after the initialisation, as it has its own
-        self.leading = 0 if text is None else int(text.length) - 1  # type: ignore[arg-type]
-        """Tokens of a condition before its last: L - 1 of a text, none of a label."""
+        self.leading = 0 if text is None else int(text.num_tokens) - 1  # type: ignore[arg-type]
+        """Tokens of a condition before its last: N - 1 of a text, none of a label."""
 
     def forward(self, codes: Tensor, condition: Tensor, order: Tensor | None = None) -> Tensor:
         """Logits [B, T, K] of every code, teacher-forced: codes int64 [B, T], condition int64 [B] or [B, L].
@@ -131,12 +132,13 @@ class VIM(nn.Module):
         return self.dropout(x + place), None if self.rotary is None else self.rotary(source)
 
     def _told(self, condition: Tensor) -> Tensor:
-        """The tokens of a condition, [B, 1, D] of labels or [B, L, D] of texts."""
+        """The tokens of a condition, [B, 1, D] of labels or [B, N, D] of texts."""
         if self.label_embedding is not None:
             return self.label_embedding(condition)[:, None]
         assert self.text is not None and self.summary is not None and self.gate is not None
-        tokens = self.text(condition)  # [B, L, D]
-        return torch.cat([tokens[:, :-1] * self.gate, self.summary(tokens[:, -1:])], dim=1)
+        tokens = self.text(condition)  # [B, N, D]
+        label = self.summary(tokens[:, -1:])  # [B, 1, D]
+        return torch.cat([label + tokens[:, :-1] * self.gate, label], dim=1)
 
     def _initialise(self) -> None:
         """As GPT-2: N(0, 0.02), and 1/sqrt(2 depth) of it for the layers that write to the residual stream."""

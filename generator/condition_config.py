@@ -9,7 +9,9 @@ from typing import Literal
 from generator.checks import check_at_least, check_choices, check_finite
 
 # Keys of a text and the choice that reads them; the others are read by all.
-OF_ENCODER: dict[str, tuple[str, ...]] = {"depth": ("bytes",), "width": ("bytes",), "path": ("clip", "t5")}
+OF_ENCODER: dict[str, tuple[str, ...]] = {
+    "stride": ("bytes",), "depth": ("bytes",), "width": ("bytes",), "path": ("clip", "t5"),
+}  # fmt: skip
 OF_CAPTIONS: dict[str, tuple[str, ...]] = {
     "templates": ("templates",), "held_out": ("templates",), "names": ("templates",), "varied_words": ("templates",),
 }  # fmt: skip
@@ -25,6 +27,8 @@ class TextConfig:
     length: int = 64
     """Tokens of a text, bytes for encoder=bytes, and one for its summary; longer captions are cut, shorter ones
     padded."""
+    stride: int = 4
+    """Bytes that the transformer over bytes makes one token of."""
     depth: int = 2
     """Blocks of the transformer over bytes."""
     width: int = 128
@@ -50,8 +54,8 @@ class TextConfig:
         check_choices("condition.text", self)
         check_finite("condition.text", self)
         check_at_least("condition.text.length", self.length, 2)
-        check_at_least("condition.text.depth", self.depth, 1)
-        check_at_least("condition.text.width", self.width, 1)
+        for name in ("stride", "depth", "width"):
+            check_at_least(f"condition.text.{name}", getattr(self, name), 1)
         if not 0 <= self.varied_words < 1:
             raise ValueError(f"condition.text.varied_words={self.varied_words} must lie in [0, 1)")
         self._refuse_idle_keys()

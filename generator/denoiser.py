@@ -40,7 +40,7 @@ class DiT(nn.Module):
         rope: turn queries and keys by row and column, beside the fixed positions that the tokens carry.
         swiglu: SwiGLU in place of GELU, at about the same number of weights.
         image_channels: those of the condition, if it is latents [B, C', h, w]; the patches then take both.
-        text: turns ids [B, L] into tokens [B, L, D], the last of them a summary.
+        text: turns ids [B, L] into tokens [B, N, D], the last of them a summary.
         level_channels: those of a map of log SNRs [B, C'', h, w], which the patches take too; 0 if a row has one level.
 
     Raises:
@@ -125,7 +125,7 @@ class DiT(nn.Module):
 
     def embed(self, x: Tensor, logsnr: Tensor, condition: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Tokens [B, T, D] with their positions, the level and the condition [B, D] after the SiLU that all modulations
-        share, and the tokens [B, L, D] of a text."""
+        share, and the tokens [B, N, D] of a text."""
         self.check_latents(x)
         seen = self.with_maps(x, logsnr, condition)
         tokens = self.patches(seen).flatten(2).transpose(1, 2) + self.positions  # [B, T, D]
@@ -134,7 +134,7 @@ class DiT(nn.Module):
             shared = shared + self.labels(condition)
         if self.text is not None:
             assert self.summary is not None
-            text = self.text(condition)  # [B, L, D]
+            text = self.text(condition)  # [B, N, D]
             shared = shared + self.summary(text[:, -1])
         return tokens, F.silu(shared), text
 
@@ -166,7 +166,7 @@ class DiT(nn.Module):
 class Block(nn.Module):
     """Attention and MLP under adaLN-zero: tokens [B, T, D], condition [B, D] -> [B, T, D].
 
-    With `text`, cross-attention to the tokens [B, L, D] of a text stands between the two.
+    With `text`, cross-attention to the tokens [B, N, D] of a text stands between the two.
     """
 
     def __init__(

@@ -37,7 +37,7 @@ class PretrainedText(nn.Module):
 
     def __init__(self, config: TextConfig, width: int) -> None:
         super().__init__()
-        self.length = config.length
+        self.num_tokens = config.length
         self._states = States(config)  # no module, so that its weights stay out of this one's
         self.tokens = nn.Linear(self._states.width, width)
         self.summary = nn.Linear(self._states.width, width)

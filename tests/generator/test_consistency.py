@@ -52,6 +52,7 @@ from tokenizer.train import train_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import forked
+from training import records
 
 TRAIN = TrainConfig(
     steps=4, batch_size=8, learning_rate=1e-2, decay="constant", ema=0.9, log_every=2, preview_every=4,
@@ -83,10 +84,6 @@ def make_task(run: RunConfig, **changes: Any) -> ConsistencyTask:
     )  # fmt: skip
     assert isinstance(task, ConsistencyTask)
     return task
-
-
-def records(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 # How many noises

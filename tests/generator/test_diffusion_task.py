@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ from generator.sample import load_generator
 from generator.schedule import build_schedule
 from generator.train import train_generator
 from tokenizer.model import load_tokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from training import Silent, records
 
 TRAIN = TrainConfig(
     steps=4, batch_size=8, learning_rate=1e-2, decay="constant", ema=0.9, log_every=2, preview_every=4,
@@ -69,27 +73,11 @@ def make_task(run: RunConfig, **changes: Any) -> DiffusionTask:
     )
 
 
-def records(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-class Zero(nn.Module):
-    """A network that says nothing, and remembers what it was asked."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def forward(self, x: Tensor, logsnr: Tensor, labels: Tensor) -> Tensor:
-        self.calls.append((x, logsnr, labels))
-        return torch.zeros_like(x)
-
-
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_the_loss_is_the_weighted_error_of_the_draws_of_the_schedule(run: RunConfig, settings: dict[str, Any]) -> None:
     """A silent network's error is the mean square of the target."""
     task, step = make_task(run, **settings), 3
-    task.modules["network"] = network = Zero()
+    task.modules["network"] = network = Silent()
     batch = open_shards(run.folder / "codes" / "train").load(np.arange(8))
     figures = task.step(batch, StepRandom(0, step, 8))
 
@@ -120,7 +108,7 @@ def test_validation_asks_at_the_levels_of_the_last_step_and_tells_the_error_with
     errors = set()
     for weight in ("plain", "min_snr", "learned"):
         task = make_task(run, target="eps", curriculum=PROGRESSIVE, weight=weight)
-        task.modules["network"] = network = Zero()
+        task.modules["network"] = network = Silent()
         with torch.no_grad():
             figures = task.validate()
             assert task.validate() == figures

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shutil
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.batches import StepRandom
 from engine.checkpoint import load_model
@@ -37,6 +36,7 @@ from tokenizer.model import load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import forked
+from training import Silent, records
 
 TRAIN = TrainConfig(
     steps=4, batch_size=8, learning_rate=1e-2, decay="constant", ema=0.9, log_every=2, preview_every=4,
@@ -95,26 +95,10 @@ def batch_of(run: RunConfig, rows: int = 8) -> dict[str, Tensor]:
     return open_shards(run.folder / "codes" / "train").load(np.arange(rows))
 
 
-def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-class Quiet(nn.Module):
-    """A network that says nothing, and remembers what it was asked."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def forward(self, x: Tensor, logsnr: Tensor, condition: Tensor) -> Tensor:
-        self.calls.append((x, logsnr, condition))
-        return torch.zeros_like(x)
-
-
 @pytest.mark.parametrize("per", KINDS)
 def test_the_loss_is_the_error_at_the_learned_levels_and_what_holds_the_schedule(told: RunConfig, per: str) -> None:
     task, batch = make_task(told, per), batch_of(told)
-    task.modules["network"] = network = Quiet()
+    task.modules["network"] = network = Silent()
     figures = task.step(batch, StepRandom(0, 3, 8))
 
     rng, latents = StepRandom(0, 3, 8), batch["latents"].float()
@@ -229,7 +213,7 @@ def test_an_interrupted_training_equals_an_uninterrupted_one(
 def test_stages_of_a_curriculum_are_stretches_of_the_learned_time(told: RunConfig) -> None:
     curriculum = CurriculumConfig(kind="easy_to_hard", num_clusters=4, pacing="fixed", stage_steps=1)
     task, batch = make_task(told, "scalar", curriculum=curriculum), batch_of(told)
-    task.modules["network"] = network = Quiet()
+    task.modules["network"] = network = Silent()
     figures = task.step(batch, StepRandom(0, 0, 8))
     task.network.requires_grad_(False)
     highest = task.schedule(torch.tensor([0.75]), batch["labels"])

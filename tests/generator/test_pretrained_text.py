@@ -109,7 +109,7 @@ def test_tokens_are_mapped_states_and_padding_is_one_vector(folders: dict[str, P
     network = built(config)
     ids = encode_texts(config, [*TEXTS, ""])
     tokens, states = network(ids), network._states(ids)
-    assert tokens.shape == (4, LENGTH, WIDTH) and network.length == LENGTH
+    assert tokens.shape == (4, LENGTH, WIDTH) and network.num_tokens == LENGTH
     torch.testing.assert_close(tokens[:, 0], network.norm(network.tokens(states[:, 0])))
     torch.testing.assert_close(tokens[:, -1], network.norm(network.summary(states[:, -1])))
     padding = (tokens == network.padding).all(-1)

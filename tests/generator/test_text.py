@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,18 +22,20 @@ def encoder() -> nn.Module:
     return build_text_encoder(CONFIG, 32).eval()
 
 
-def test_tokens_have_the_networks_width_and_the_texts_length(encoder: nn.Module) -> None:
+@pytest.mark.parametrize(("stride", "count"), [(1, 20), (2, 11), (4, 6), (19, 2), (30, 2)])
+def test_tokens_have_the_networks_width_and_a_few_bytes_each(stride: int, count: int) -> None:
+    encoder = build_text_encoder(dataclasses.replace(CONFIG, stride=stride), 32).eval()
     tokens = encoder(encode_texts(CONFIG, ["a cat", "", "x" * 40]))
-    assert tokens.shape == (3, 20, 32) and tokens.dtype == torch.float32 and encoder.length == 20
+    assert tokens.shape == (3, count, 32) and tokens.dtype == torch.float32 and encoder.num_tokens == count
     assert tokens.isfinite().all()
 
 
 def test_padding_is_one_learned_vector_and_nothing_else_is(encoder: nn.Module) -> None:
     assert isinstance(encoder, ByteEncoder)
     tokens = encoder(encode_texts(CONFIG, ["a cat", ""]))
-    is_padding = (tokens - encoder.widen(encoder.padding)).abs().amax(-1) < 1e-5  # [2, 20]
-    assert is_padding[0].tolist() == [False] * 5 + [True] * 14 + [False]
-    assert is_padding[1].tolist() == [True] * 19 + [False]
+    is_padding = (tokens - encoder.widen(encoder.padding)).abs().amax(-1) < 1e-5  # [2, 6]
+    assert is_padding[0].tolist() == [False] * 2 + [True] * 3 + [False]
+    assert is_padding[1].tolist() == [True] * 5 + [False]
 
 
 def test_the_summary_reads_every_byte_and_where_it_stands(encoder: nn.Module) -> None:
@@ -68,7 +72,7 @@ def test_heads_divide_the_width(width: int, heads: int) -> None:
 def test_it_builds_without_weights_in_memory() -> None:
     with torch.device("meta"):
         encoder = build_text_encoder(CONFIG, 64)
-        assert encoder(torch.zeros(2, 20, dtype=torch.int64)).shape == (2, 20, 64)
+        assert encoder(torch.zeros(2, 20, dtype=torch.int64)).shape == (2, 6, 64)
 
 
 def test_it_learns_words_and_finds_them_in_a_text_that_it_never_saw() -> None:

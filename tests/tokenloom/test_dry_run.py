@@ -10,7 +10,7 @@ import torch
 from engine.config import DataConfig, TrainConfig
 from engine.device import setup
 from engine.flops import forward_flops, saved_bytes
-from generator.condition_config import ConditionConfig
+from generator.condition_config import ConditionConfig, TextConfig
 from generator.config import (
     AutoregressiveConfig,
     AutoregressiveModelConfig,
@@ -180,7 +180,7 @@ def told_of(experiment: Experiment, family: str, kind: Any) -> tuple[Stage, Stag
 def test_a_text_and_its_encoder_are_counted(digits: Experiment, place: int, family: str) -> None:
     usual, stage, text = told_of(digits, family, "text")
     encoder, (*_, ids) = stage.network.text, stage.inputs
-    assert ids.shape == (1, encoder.length)
+    assert ids.shape == (1, TextConfig().length)
     forward = forward_flops(stage.network, *stage.inputs)
     assert forward > forward_flops(usual.network, *usual.inputs) + forward_flops(encoder, ids)
     assert cells(text, "forward per image")[place] == quantity(forward, "FLOP")
