@@ -134,9 +134,13 @@ class DiT(nn.Module):
             shared = shared + self.labels(condition)
         if self.text is not None:
             assert self.summary is not None
-            text = self.text(condition)  # [B, N, D]
+            text = self.read(condition)  # [B, N, D]
             shared = shared + self.summary(text[:, -1])
         return tokens, F.silu(shared), text
+
+    def read(self, condition: Tensor) -> Tensor:
+        """The condition as `forward` takes it time and again: of the ids [B, L] of texts, their tokens [B, N, D]."""
+        return condition if self.text is None or condition.is_floating_point() else self.text(condition)
 
     def with_maps(self, x: Tensor, logsnr: Tensor, condition: Tensor) -> Tensor:
         """What the patches take: latents [B, C, h, w], and behind them the condition and the levels that are maps.

@@ -120,10 +120,10 @@ class Diffusion(nn.Module):
         """As `sample`, under settings that have been checked and for rows [B, ...] of the condition itself."""
         device = self.network.positions.device
         rows = rows.to(device)
-        denoise = self.denoiser(rows, chosen)
         noise = SampleNoise(seeds, self.network.latent_shape, device=device)
         check_sampling_precision(self.family, chosen.precision, device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=chosen.precision == "bf16"):
+            denoise = self.denoiser(rows, chosen)
             if self.level_maps:
                 return self._solve_map(denoise, noise, rows, chosen)
             levels, rest = self.levels(chosen), self.objective.rest
@@ -157,10 +157,13 @@ class Diffusion(nn.Module):
         All rows [B, ...] of the condition must be at one level.
         """
         guide, outside = self._guide_of(chosen), self._outside_of(chosen)
+        null = self.condition.null(1).to(rows.device)
+        if not (guide or outside):  # which read texts by themselves
+            rows, null = self.network.read(rows), self.network.read(null)
         return guided(
             self.denoise_within(outside) if outside else self.denoise,
             rows,
-            null=self.condition.null(len(rows)).to(rows.device),
+            null=null.expand(len(rows), *null.shape[1:]),
             scale=chosen.guidance,
             first=chosen.guidance_first,
             last=chosen.guidance_last,

@@ -25,6 +25,7 @@ from generator.card import generator_card
 from generator.condition import preview_rows
 from generator.config import DiffusionConfig
 from generator.curriculum import Curriculum
+from generator.denoiser import DiT
 from generator.diffusion import Diffusion, build_denoiser
 from generator.path import noised
 from generator.schedule import build_schedule
@@ -50,6 +51,7 @@ class DiffusionTask(Task):
         self.config, self.test_shards, self.tokenizer = config, test_shards, tokenizer
         card = generator_card(config, shards, tokenizer)
         self.network = build_denoiser(config.model, card)
+        warn_if_narrow(config, self.network)
         self.generator = Diffusion(self.network, card)
         self.generator.check_settings(config.sample.previewed)
         self.condition = self.generator.condition
@@ -202,6 +204,22 @@ class Uncertainty(nn.Module):
         angles = logsnr[:, None] * self.frequencies  # [B, F]
         waves = torch.cat([angles.cos(), angles.sin()], dim=1)  # [B, 2 F]
         return (waves * self.weight).sum(1) + self.bias  # [B]
+
+
+def warn_if_narrow(config: DiffusionConfig, network: DiT) -> None:
+    """Warn of patches with more numbers than the network has channels, where it is asked for their noise.
+
+    The output is a linear map of the channels, so that the noise of some directions can never be told.
+    """
+    size, width = network.patch_size, config.model.shape[1]
+    numbers = network.latent_shape[0] * size**2
+    if config.target != "x0" and numbers > width:
+        warnings.warn(
+            f"a patch of {size} x {size} x {network.latent_shape[0]} latents has {numbers} numbers, more than the"
+            f" {width} channels of the network, and diffusion.target={config.target} asks for the noise of each: use"
+            " target=x0, a smaller diffusion.model.patch_size, or a wider model",
+            stacklevel=2,
+        )
 
 
 def draws_by_logsnr(logsnr: Tensor) -> Tensor:

@@ -167,6 +167,9 @@ class Ideal(nn.Module):
         super().__init__()
         self.objective, self.positions = objective, torch.zeros(0)
 
+    def read(self, condition: Tensor) -> Tensor:
+        return condition
+
     def forward(self, seen: Tensor, logsnr: Tensor, labels: Tensor) -> Tensor:
         z = seen / self.objective.network_input(torch.ones_like(seen), logsnr)
         alpha, sigma = (beside(value, z) for value in variance_preserving(logsnr))

@@ -257,3 +257,10 @@ def test_zero_terminal_is_trained_at_the_end_of_the_range(run: RunConfig) -> Non
     logsnr = task.curriculum.draw(torch.zeros(8), 0)
     assert float(logsnr[0]) == pytest.approx(2 * math.log(1e-4 / (1 - 1e-4)))
     assert task.losses(task.errors(latents, batch["labels"], logsnr, eps), logsnr).isfinite().all()
+
+
+def test_patches_with_more_numbers_than_the_network_has_channels_are_warned_of(run: RunConfig) -> None:
+    narrow = dataclasses.replace(MODEL, width=8, patch_size=2)
+    with pytest.warns(UserWarning, match=r"2 x 2 x 4 latents has 16 numbers, .* 8 channels .*target=eps .* target=x0"):
+        make_task(run, model=narrow, target="eps")
+    make_task(run, model=narrow, target="x0")  # an image has fewer directions than numbers

@@ -25,9 +25,16 @@ from generator.captions import encode_texts
 from generator.card import generator_card
 from generator.condition import preview_rows
 from generator.condition_config import ConditionConfig, TextConfig
-from generator.config import AutoregressiveConfig, AutoregressiveModelConfig, AutoregressiveSampleConfig, OrderConfig
+from generator.config import (
+    AutoregressiveConfig,
+    AutoregressiveModelConfig,
+    AutoregressiveSampleConfig,
+    DenoiserModelConfig,
+    OrderConfig,
+)
 from generator.decoding import choose, decode, guidance_at, seeded_uniforms, stream
 from generator.denoiser import DiT
+from generator.diffusion import Diffusion, build_denoiser
 from generator.order import draw_orders, fold_order
 from generator.text import ByteEncoder
 from generator.transformer import CrossAttention
@@ -438,6 +445,27 @@ def test_the_text_is_read_once_in_a_forward() -> None:
     assert network.text.calls == 1
     assert [tokens.shape for tokens in network.activations(*noisy(), empty(3))] == 2 * [(3, 6, 32)]
     assert network.text.calls == 2
+
+
+def test_sampling_reads_each_text_once_and_says_the_same() -> None:
+    model = {"depth": 1, "width": 32, "heads": 4, "label_dropout": 0.1}
+    config = {"model": model, "condition": {"kind": "text", "text": {"length": 8}}}
+    card = {
+        "config": config,
+        "latent_shape": [3, 4, 6],
+        "num_classes": 0,
+        "class_names": [],
+        "tokenizer_fingerprint": "",
+    }
+    network, read = opened(build_denoiser(DenoiserModelConfig(**model), card)), []
+    network.text.register_forward_hook(lambda _, ids, tokens: read.append(len(tokens)))
+    generator = Diffusion(network, card).eval()
+    assert generator.sample(["a cat", "a dog"], [1, 2], guidance=2.0, num_steps=3).isfinite().all()
+    assert read == [2, 1]  # both texts, and that of no condition
+    x, logsnr = noisy()
+    ids = generator.condition.rows(["a cat", "", "ab"], 3)
+    assert torch.equal(network(x, logsnr, ids), network(x, logsnr, network.read(ids)))
+    assert not torch.equal(network(x, logsnr, ids), network(x, logsnr, ids.flip(0)))
 
 
 def test_rows_of_a_batch_do_not_meet() -> None:
