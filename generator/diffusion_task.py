@@ -213,7 +213,7 @@ def warn_if_narrow(config: DiffusionConfig, network: DiT) -> None:
     """
     size, width = network.patch_size, config.model.shape[1]
     numbers = network.latent_shape[0] * size**2
-    if config.target != "x0" and numbers > width:
+    if config.objective.kind == "denoising" and config.target != "x0" and numbers > width:
         warnings.warn(
             f"a patch of {size} x {size} x {network.latent_shape[0]} latents has {numbers} numbers, more than the"
             f" {width} channels of the network, and diffusion.target={config.target} asks for the noise of each: use"

@@ -131,7 +131,7 @@ def test_settings_without_effect_are_refused() -> None:
 
 
 SMALL = (
-    *("--data.size=16", "--tokenizer.views=2", "--diffusion.model={depth: 1, width: 32, heads: 2}"),
+    *("--data.size=16", "--tokenizer.views=2", "--diffusion.model={depth: 1, width: 48, heads: 2}"),
     *("--diffusion.train={steps: 4, batch_size: 8, preview_every: 4}", "--diffusion.sample={num_steps: 2}"),
     *("--eval={num_samples: 40, features: [random]}",),
     *("--eval.probe={num_train: 60, num_test: 40, c_grid: [0.01]}", "--run.device=cpu", "--run.threads=1"),
