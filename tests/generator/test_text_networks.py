@@ -565,11 +565,11 @@ def test_training_reads_the_texts_of_its_source_and_validation_those_of_the_test
 @BLOCKS
 def test_a_trained_generator_follows_its_text_and_is_rebuilt_from_its_card(run: RunConfig, block: Any) -> None:
     task = make_task(run, dataclasses.replace(TOLD, model=dataclasses.replace(TOLD.model, block=block)))
-    generator, prompts = learned(task), ["a photo of a a", "a photo of a b", "a photo of a c"]
+    generator, prompts = learned(task, steps=60), ["a photo of a a", "a photo of a b", "a photo of a c"]
     codes = task.test_shards.load(torch.arange(3).numpy())["codes"]
     right = generator.nll(codes, prompts)
-    assert (right < generator.nll(codes, prompts[1:] + prompts[:1]) - 0.5).all()
-    assert right.sum() < generator.nll(codes, None).sum()
+    assert (right < generator.nll(codes, prompts[1:] + prompts[:1]) - 1).all()
+    assert (right < generator.nll(codes, None)).all()
     again = Autoregressive.from_card(generator.card, generator.network.state_dict())
     told = generator.sample(prompts, [1, 2, 3], guidance=2.0)
     assert torch.equal(again.sample(prompts, [1, 2, 3], guidance=2.0), told)
